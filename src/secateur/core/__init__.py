@@ -1,0 +1,1 @@
+"""Pure functions and frozen records on tensors: targets, masks, granularity, selection, schedules."""
