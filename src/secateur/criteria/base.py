@@ -1,0 +1,72 @@
+"""The contract of a criterion, and the evidence it may ask for. Imports no torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secateur.core.targets import Target
+
+__all__ = ["Criterion", "Evidence", "Need"]
+
+Need = Literal[
+    "weights", "gradients", "norm", "mean_abs", "variance", "zero_fraction", "activation_gradients"
+]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about one target when it is scored; fields a criterion did not ask for are None.
+
+    Args:
+        target: name, kind and shape; `target.rows(x)` gives the `[units, fan_in]` view.
+        weight: the parameter, detached, in its own shape.
+        seed: root seed for criteria that draw numbers.
+        gradient: mean gradient of the loss over all samples, shaped like `weight`. Need: `"gradients"`.
+        norm_scale: `[units]`, gamma of the BatchNorm that follows. Need: `"norm"`.
+        mean_abs: `[units]`, mean over samples and positions of |activation|, after BatchNorm and
+            activation function where the unit feeds them alone. Need: `"mean_abs"`.
+        variance: `[units]`, unbiased variance of the same. Need: `"variance"`.
+        zero_fraction: `[units]`, share of samples and positions where it is exactly 0. Need: `"zero_fraction"`.
+        activation_gradient: `[units]`, mean over samples of |mean over positions of gradient x activation|.
+            Need: `"activation_gradients"`.
+    """
+
+    target: Target
+    weight: Tensor
+    seed: int = 0
+    gradient: Tensor | None = None
+    norm_scale: Tensor | None = None
+    mean_abs: Tensor | None = None
+    variance: Tensor | None = None
+    zero_fraction: Tensor | None = None
+    activation_gradient: Tensor | None = None
+
+
+class Criterion(ABC):
+    """An importance score. Subclasses are frozen dataclasses that state what they need and write `score`.
+
+    Class attributes:
+        needs: what `Evidence` must hold; the driver gathers the union for all criteria in one pass.
+        granularities: `"weight"` if it scores single weights (it then serves units and blocks too, pooled),
+            `"unit"` if it can give one number per unit.
+        absolute: the score is the absolute value of what `score` returns (saves a copy of the weights).
+        pool: how weight scores add up to a unit's: `"sum"`, `"mean"`, `"l1"` or `"l2"`.
+        summary, paper, cost: for tables and cards.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"weights"})
+    granularities: ClassVar[tuple[str, ...]] = ("weight", "unit")
+    absolute: ClassVar[bool] = False
+    pool: str = "sum"
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    cost: ClassVar[str] = "no data"
+
+    @abstractmethod
+    def score(self, evidence: Evidence) -> Tensor:
+        """Importance, higher = keep: shaped like `evidence.weight`, or `[units]`."""

@@ -1,0 +1,82 @@
+"""Per-unit activation statistics, streamed: O(units) memory, reductions in two steps for speed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+__all__ = ["ActivationStatistics", "taylor_map"]
+
+
+class ActivationStatistics:
+    """Mean |a|, unbiased variance and share of exact zeros of each unit, over samples and positions.
+
+    The inner reduction runs over contiguous positions in the activation's own precision, the outer one over
+    samples and batches in float64.
+
+    Args:
+        wanted: which of `"mean_abs"`, `"variance"`, `"zero_fraction"` to keep.
+    """
+
+    def __init__(self, wanted: Collection[str]) -> None:
+        self._wanted = frozenset(wanted)
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, activation: Tensor, unit_axis: int) -> None:
+        """Add one batch.
+
+        Args:
+            activation: `[samples, units, *positions]` with `unit_axis=1`, or `[*samples, units]` with -1.
+            unit_axis: 1 or -1.
+        """
+        if unit_axis == 1 and activation.dim() > 2:
+            inner, axis = activation.flatten(2), -1
+            self.count += inner.shape[0] * inner.shape[2]
+        else:
+            inner, axis = activation.reshape(-1, activation.shape[-1]), 0
+            self.count += inner.shape[0]
+        if "mean_abs" in self._wanted:
+            self._add("abs", torch.linalg.vector_norm(inner, 1, dim=axis))
+        if "variance" in self._wanted:
+            self._add("sum", inner.sum(axis))
+            self._add("square", torch.linalg.vector_norm(inner, 2, dim=axis).double().square())
+        if "zero_fraction" in self._wanted:
+            self._add("nonzero", torch.linalg.vector_norm(inner, 0, dim=axis))
+
+    def _add(self, key: str, partial: Tensor) -> None:
+        total = partial.double() if partial.dim() == 1 else partial.sum(0, dtype=torch.float64)
+        self._sums[key] = self._sums[key] + total if key in self._sums else total
+
+    @property
+    def mean_abs(self) -> Tensor:
+        return self._sums["abs"] / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        mean = self._sums["sum"] / self.count
+        return ((self._sums["square"] - self.count * mean.square()) / max(1, self.count - 1)).clamp_min(0.0)
+
+    @property
+    def zero_fraction(self) -> Tensor:
+        return 1.0 - self._sums["nonzero"] / self.count
+
+
+def taylor_map(activation: Tensor, gradient: Tensor, unit_axis: int) -> Tensor:
+    """Sum over samples of |mean over positions of gradient x activation|, `[units]`, float64.
+
+    Reference: Molchanov et al. 2017, equation 8.
+
+    >>> h, g = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([[0.5, -0.25], [1.0, 2.0]])
+    >>> float(taylor_map(h[None, None], g[None, None], unit_axis=1))
+    0.5
+    """
+    product = activation * gradient
+    if unit_axis == 1:
+        per_sample = product.flatten(2).mean(-1) if product.dim() > 2 else product
+    else:
+        per_sample = product.flatten(1, -2).mean(1) if product.dim() > 2 else product
+    return per_sample.abs().sum(0, dtype=torch.float64)

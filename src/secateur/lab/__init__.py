@@ -1,0 +1,1 @@
+"""The lab: recipes, runs and their stages, training, data, models, evaluation, reports."""

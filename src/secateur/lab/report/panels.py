@@ -1,0 +1,72 @@
+"""Rows in the shape they are plotted, compared and tabulated in: panels of arms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from secateur.lab.report.schema import Row
+
+__all__ = ["Arm", "Panel", "group"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a plot: a method with the criterion and scope it was pruned by, at each sparsity."""
+
+    method: str
+    criterion: str
+    scope: str
+    label: str
+    points: Mapping[float, Mapping[int, Row]]
+
+    def top1(self, sparsity: float) -> dict[int, float]:
+        """Accuracy by seed; empty where this sparsity was not tried."""
+        return {seed: row.top1 for seed, row in self.points.get(sparsity, {}).items()}
+
+    def count(self, sparsity: float) -> int | None:
+        """Test images a seed, where every row tells."""
+        counts = [row.count for row in self.points.get(sparsity, {}).values()]
+        known = [count for count in counts if count is not None]
+        return min(known) if known and len(known) == len(counts) else None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """All arms of one granularity, before or after fine-tuning."""
+
+    granularity: str
+    fine_tuned: bool
+    arms: tuple[Arm, ...]
+
+    @property
+    def title(self) -> str:
+        """In words, for headings and plots."""
+        return f"pruned by {self.granularity}" + (", fine-tuned" if self.fine_tuned else "")
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """Every sparsity asked of any arm, ascending."""
+        return tuple(sorted({sparsity for arm in self.arms for sparsity in arm.points}))
+
+
+def group(rows: Iterable[Row]) -> tuple[Panel, ...]:
+    """Rows by granularity and fine-tuning, then by method, criterion and scope, in order of appearance."""
+    tree: dict[tuple[str, bool], dict[tuple[str, str, str], dict[float, dict[int, Row]]]] = {}
+    for row in rows:
+        arms = tree.setdefault((row.granularity, row.fine_tuned), {})
+        points = arms.setdefault((row.method, row.criterion, row.scope), {})
+        points.setdefault(round(row.sparsity_asked, 6), {})[row.seed] = row
+    return tuple(
+        Panel(granularity, tuned, tuple(Arm(*key, _label(key, arms), points) for key, points in arms.items()))
+        for (granularity, tuned), arms in tree.items()
+    )
+
+
+def _label(key: tuple[str, str, str], arms: Iterable[tuple[str, str, str]]) -> str:
+    """The method, and what else tells this arm from the same method's others."""
+    same = [other for other in arms if other[0] == key[0]]
+    extra = [key[at] for at in (1, 2) if len({other[at] for other in same}) > 1]
+    return key[0] + (f" ({', '.join(extra)})" if extra else "")

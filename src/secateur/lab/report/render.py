@@ -1,0 +1,226 @@
+"""One report.html that needs nothing else, with the plots and tables as files beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import StorageError, UsageError
+from secateur.lab.report import plots, tables
+from secateur.lab.report.final import asked_lines, cost_rows, facts, latency_ratio, proof
+from secateur.lab.report.runs import between, overview, run_names
+from secateur.lab.report.schema import Result, read_result
+from secateur.lab.report.verdict import judge
+from secateur.lab.report.words import NOT_MEASURED, level, percent
+
+__all__ = ["summary_lines", "write_report"]
+
+
+def write_report(results: Sequence[Mapping[str, Any]], out_dir: Path | str) -> Path:
+    """Write report.html, table.csv, layers.csv and every plot as SVG and PNG; return the path of report.html.
+
+    The page holds its plots and styles, asks nothing of the network and runs no script. Several results make
+    one page that compares them. Files are replaced whole: a full disk leaves the old report as it was.
+
+    Args:
+        results: what runs wrote as result.json, in the order they should appear.
+        out_dir: created where it is missing.
+
+    Raises:
+        UsageError: no result at all.
+        CheckpointError: a result that is malformed; one line with the key path.
+        StorageError: the folder cannot be written.
+    """
+    if not results:
+        raise UsageError("report: got no results, expected at least one; name the runs to report on")
+    checked = [read_result(raw) for raw in results]
+    names = run_names(checked)
+    folder = Path(out_dir)
+    pictures: list[plots.Picture] = []
+    runs = []
+    for name, result in zip(names, checked, strict=True):
+        prefix = "" if len(checked) == 1 else f"{_slug(name)}-"
+        runs.append(_run(name, result, prefix, pictures))
+    named = list(zip(names, checked, strict=True))
+    comparison = None
+    if len(checked) > 1:
+        table, note = between(named)
+        comparison = {"overview": overview(named), "table": table, "note": note}
+    page = _template().render(
+        title=" vs ".join(names) if len(names) < 4 else f"{len(names)} runs",
+        runs=runs,
+        comparison=comparison,
+        colors=plots.COLORS,
+    )
+    judged = [
+        (name, result, run["verdict"].comparisons) for (name, result), run in zip(named, runs, strict=True)
+    ]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _storage(folder, error) from error
+    for picture in pictures:
+        _replace(folder / f"{picture.name}.svg", picture.svg.encode())
+        _replace(folder / f"{picture.name}.png", picture.png)
+    _replace(folder / "table.csv", tables.csv_text(judged).encode())
+    _replace(folder / "layers.csv", tables.layers_csv(named).encode())
+    # Last, so that a page never names a file that is not there yet.
+    _replace(folder / "report.html", page.encode("utf-8", "replace"))
+    return folder / "report.html"
+
+
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+    """The short text for a terminal: verdict, asked against achieved, proof, speed and files of one result.
+
+    Raises:
+        CheckpointError: a result that is malformed; one line with the key path.
+    """
+    checked = read_result(result)
+    verdict = judge(checked)
+    lines = [verdict.headline, verdict.detail]
+    for section in verdict.sections:
+        lines += ["", section.title, *(f"  {line}" for line in section.lines)]
+    final = checked.final
+    lines.append("")
+    if final is None:
+        return [*lines, f"Final network: {NOT_MEASURED}"]
+    seed = "" if final.seed is None else f", seed {final.seed}"
+    lines.append(
+        f"Final network: {final.method}{seed}, cut by {final.granularity or 'granularity not recorded'}"
+    )
+    lines += [f"  {line}" for line in asked_lines(final)]
+    lines.append(f"  Proof of the cut: {proof(final.verify)[0]}")
+    lines += [f"  {fact.name}: {fact.value}" for fact in facts(final) if fact.name.startswith("Top-1")]
+    lines.append(f"  Latency, dense / cut: {latency_ratio(final.latency)}")
+    lines += [
+        f"  {fact.name}: {fact.value}" for fact in facts(final) if fact.name.startswith(("Export", "File"))
+    ]
+    return lines
+
+
+def _run(name: str, result: Result, prefix: str, pictures: list[plots.Picture]) -> dict[str, Any]:
+    """Everything the template says about one run; the plots are also added to `pictures`."""
+    verdict, chance = judge(result), result.chance()
+    shared = plots.limits(result.panels, chance)
+    drawn: list[plots.Picture] = []
+    timed: list[plots.Picture] = []
+    for panel in result.panels:
+        slug = _slug(panel.granularity) + ("-fine-tuned" if panel.fine_tuned else "")
+        title, lines = panel.title[:1].upper() + panel.title[1:], plots.lines(result, panel)
+        drawn.append(plots.accuracy(f"{prefix}accuracy-{slug}", title, lines, chance, shared))
+        timed += plots.latency(f"{prefix}latency-{slug}", title, lines, chance)
+    curves = plots.curves(f"{prefix}training", result)
+    pictures += [*drawn, *timed, *curves]
+    provenance = result.provenance or {}
+    return {
+        "name": name,
+        "anchor": _slug(name),
+        "result": result,
+        "verdict": verdict,
+        "accuracy": drawn,
+        "latency": timed,
+        "curves": curves,
+        "final": None if result.final is None else _final(result),
+        "achieved": [tables.achieved(panel) for panel in result.panels],
+        "accuracies": [tables.accuracies(panel) for panel in result.panels],
+        "differences": tables.differences(verdict.comparisons),
+        "densities": [(panel.title, heats) for panel in result.panels if (heats := tables.densities(panel))],
+        "trainings": tables.trainings(result),
+        "provenance": _provenance(result),
+        "recipe": None if result.recipe is None else json.dumps(result.recipe, indent=2, default=str),
+        "command": _command(provenance.get("command")),
+        "commit": _commit(provenance.get("git")),
+        "secateur": (provenance.get("versions") or {}).get("secateur"),
+    }
+
+
+def _final(result: Result) -> dict[str, Any]:
+    final = result.final
+    assert final is not None
+    achieved = final.asked_vs_achieved
+    asked = achieved.sparsity_asked if achieved and achieved.sparsity_asked is not None else final.sparsity
+    got = None if achieved is None else achieved.sparsity_got
+    head = ("Quantity", "Dense", "Cut", "Ratio")
+    return {
+        "method": final.method,
+        "seed": final.seed,
+        "granularity": final.granularity,
+        "asked": NOT_MEASURED if asked is None else level(asked),
+        "got": percent(got, 2),
+        "costs": tables.Table("Asked against achieved", head, tuple(cost_rows(final))),
+        "facts": facts(final),
+    }
+
+
+def _provenance(result: Result) -> list[tuple[str, str]]:
+    """Pairs to print; a nested mapping becomes one line of `key value` pairs."""
+    provenance = dict(result.provenance or {})
+    for known in ("command", "git"):
+        provenance.pop(known, None)
+    pairs = [
+        ("created", result.created),
+        ("wall time", _seconds(result.wall_seconds)),
+        ("recipe", result.recipe_hash),
+    ]
+    shown = [(key, NOT_MEASURED if value is None else str(value)) for key, value in pairs]
+    for key in dict.fromkeys(["versions", "device", "threads", "platform", *provenance]):
+        value = provenance.get(key)
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        shown.append((str(key), "not recorded" if value is None else str(value)))
+    return shown
+
+
+def _seconds(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f} s"
+
+
+def _command(command: object) -> str | None:
+    if isinstance(command, (list, tuple)):
+        return shlex.join(str(part) for part in command)
+    return None if command is None else str(command)
+
+
+def _commit(git: object) -> str:
+    if not isinstance(git, Mapping):
+        return "not in a git repository, or not recorded"
+    dirty = git.get("dirty")
+    state = "" if dirty is None else " with uncommitted changes" if dirty else ", clean"
+    return f"{git.get('commit')}{state}"
+
+
+def _slug(text: str) -> str:
+    """Safe as a file name and as an id; never empty."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "run"
+
+
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("secateur.lab.report").joinpath("template.html").read_text("utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _storage(path, error) from error
+
+
+def _storage(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"report: cannot write {path}: {error.strerror or error}; choose a writable folder with space"
+    )

@@ -1,0 +1,129 @@
+"""The handle of an attached regularizer: the same four calls whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.duration import Progress
+from secateur.core.masks import Masks
+from secateur.core.targets import Targets, find_targets, unwrap
+from secateur.errors import CheckpointError, NoEffectError, UsageError
+from secateur.regularizers.base import Regularizer
+from secateur.regularizers.stream import NoiseStream
+
+__all__ = ["Attachment", "Hook"]
+
+
+class Hook:
+    """A module hook that copies of the module do not inherit: a copy is a plain network."""
+
+    def __init__(self, function: Callable[..., Any] | None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args) if self._function is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None)
+
+    def __reduce__(self) -> Any:
+        return (Hook, (None,))
+
+
+class Attachment:
+    """An attached regularizer. Use as a context manager, or call `remove` when done.
+
+    In a training loop: add `penalty()` to the loss, call `after_step(progress)` after each optimizer step.
+    """
+
+    def __init__(self, spec: Regularizer, model: nn.Module, targets: Targets | None, seed: int) -> None:
+        self.spec, self.model = spec, model
+        self.network = unwrap(model)
+        self.targets = find_targets(self.network, kind=spec.acts_on) if targets is None else targets
+        self.parameters = self.targets.tensors(self.network)
+        devices = {p.device for p in self.parameters.values()}
+        if len(devices) > 1:
+            raise UsageError(
+                f"attach: targets lie on several devices {sorted(map(str, devices))}; expected one"
+            )
+        self.stream = NoiseStream(seed, next(iter(devices)))
+        self.progress = Progress(0, 0, 1) if not spec.draws_noise else Progress(0, 1, 1)
+        self._forwards = 0
+        self._handles: list[Any] = []
+        self._attached = True
+        if spec.draws_noise:
+            self._handles.append(
+                model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)
+            )
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._forwards += 1
+            self.begin(args, kwargs)
+        else:
+            self.end()
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A training forward pass is about to run."""
+
+    def end(self) -> None:
+        """Noise must not be seen from here on (evaluation, optimizer step, saving)."""
+
+    def penalty(self) -> Tensor | float:
+        """What to add to the loss; 0.0 for methods without a penalty."""
+        return 0.0
+
+    def after_step(self, progress: Progress) -> None:
+        """Tell the method that an optimizer step was made and where the run stands."""
+        self.end()
+        if self.spec.draws_noise and not self._forwards:
+            raise NoEffectError(
+                f"{type(self.spec).__name__}: no training forward pass since the last step, so nothing was regularized; "
+                "attach to the very object the loop calls, in train() mode"
+            )
+        self._forwards = 0
+        self.progress = progress
+
+    def scores(self) -> dict[str, Tensor]:
+        """Per-unit or per-weight scores the method ranks by; empty if it keeps none."""
+        return {}
+
+    def finalize(self) -> Masks | None:
+        """Remove the regularizer and return the masks it has decided on, if it decides."""
+        self.remove()
+        return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as tensors; with the model's and the optimizer's, enough to resume bitwise."""
+        p = self.progress
+        return {"progress": torch.tensor([p.step, p.steps, p.steps_per_epoch]), **self.stream.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        expected = self.state_dict().keys()
+        if state.keys() != expected:
+            raise CheckpointError(
+                f"{type(self.spec).__name__}: saved state has keys {sorted(state)}, expected {sorted(expected)}"
+            )
+        self.progress = Progress(*(int(v) for v in state["progress"]))
+        self.stream.load_state_dict(dict(state))
+
+    def remove(self) -> None:
+        """Stop acting and leave the model exactly as without the regularizer. Safe to call twice."""
+        self.end()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._attached = False
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()

@@ -1,0 +1,75 @@
+"""The contract of a regularizer. Imports no torch until something is attached."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from secateur.core.duration import Progress
+    from secateur.core.targets import Target, Targets
+    from secateur.regularizers.attachment import Attachment
+    from secateur.regularizers.stream import NoiseStream
+
+__all__ = ["Regularizer", "WeightNoise"]
+
+
+class Regularizer(ABC):
+    """A train-time method. Subclasses are frozen dataclasses that hold hyper-parameters only.
+
+    Class attributes:
+        acts_on: which targets it attaches to by default: `"weight"` or `"norm"` (BatchNorm scales).
+        draws_noise: it perturbs every training forward pass, so a step without one is an error.
+        phase, granularities, state, summary, paper, cost: for tables and cards.
+    """
+
+    acts_on: ClassVar[Literal["weight", "norm"]] = "weight"
+    draws_noise: ClassVar[bool] = True
+    granularities: ClassVar[tuple[str, ...]] = ()
+    state: ClassVar[str] = "noise stream"
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, targets: Targets | None = None, *, seed: int = 0) -> Attachment:
+        """Start acting on `model` whenever it runs forward in training mode with gradients enabled.
+
+        Args:
+            model: the object your loop calls. Attach to the compiled or wrapped model if that is what you call.
+            targets: default: all targets of kind `acts_on`.
+            seed: root seed of the noise stream.
+        """
+
+
+class WeightNoise(Regularizer):
+    """A regularizer that multiplies weights by fresh random numbers each step; write `multiplier` only.
+
+    Between the forward pass and the optimizer step the model runs on multiplied weights; the weights
+    themselves are put back before they are updated, and gradients are multiplied alike. That is exactly
+    the gradient of the loss at the multiplied weights, without any change to the model's graph or keys.
+    """
+
+    granularities: ClassVar[tuple[str, ...]] = ("weight", "unit")
+
+    @abstractmethod
+    def multiplier(
+        self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress
+    ) -> Tensor | None:
+        """What to multiply `weight` by in this step.
+
+        Args:
+            target: name and shape; `target.rows`, `target.unrows` and `target.spread` translate units.
+            weight: the parameter, detached; do not change it.
+            stream: where random numbers come from; resumes bitwise.
+            progress: where the run stands.
+
+        Returns: a tensor that broadcasts against `weight` (0 = dropped), or None for no change.
+        """
+
+    def attach(self, model: nn.Module, targets: Targets | None = None, *, seed: int = 0) -> Attachment:
+        from secateur.regularizers.weight_swap import WeightSwap
+
+        return WeightSwap(self, model, targets, seed)
