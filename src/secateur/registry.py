@@ -45,9 +45,7 @@ def load_python(name: str, allow_code: Collection[str] = ()) -> Any:
     try:
         return load_attribute(f"{module}:{parts[2]}")
     except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f'"{name}" does not import: {error}; check the module path and PYTHONPATH'
-        ) from error
+        raise UsageError(f'"{name}" does not import: {error}; check the module path and PYTHONPATH') from error
 
 
 @dataclass(frozen=True)

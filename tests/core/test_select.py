@@ -36,9 +36,7 @@ def test_asked_is_got(given_scores, sparsity, scope, rounding, ties):
     keep = select(given_scores, sparsity, scope=scope, rounding=rounding, ties=ties)
     sizes = {n: s.numel() for n, s in given_scores.items()}
     if scope == "global":
-        assert sum(int((~k).sum()) for k in keep.values()) == prune_count(
-            sum(sizes.values()), sparsity, rounding
-        )
+        assert sum(int((~k).sum()) for k in keep.values()) == prune_count(sum(sizes.values()), sparsity, rounding)
     else:
         for name, k in keep.items():
             assert int((~k).sum()) == prune_count(sizes[name], sparsity, rounding)

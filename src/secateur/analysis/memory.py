@@ -108,7 +108,7 @@ def _quiet_profiler() -> Iterator[None]:
     """Keep the profiler's native log lines (start, stop, no device found) off stderr."""
     name = "KINETO_LOG_LEVEL"
     before = os.environ.get(name)
-    os.environ.setdefault(name, "5")
+    os.environ.setdefault(name, "6")
     try:
         yield
     finally:

@@ -12,9 +12,7 @@ __all__ = ["ALLOCATIONS", "allocate", "erk"]
 ALLOCATIONS = ("uniform", "erk")
 
 
-def allocate(
-    targets: Targets, sparsity: float, allocation: str | Mapping[str, float] = "uniform"
-) -> dict[str, float]:
+def allocate(targets: Targets, sparsity: float, allocation: str | Mapping[str, float] = "uniform") -> dict[str, float]:
     """Sparsity of every target.
 
     Args:
@@ -54,9 +52,7 @@ def erk(targets: Targets, sparsity: float) -> dict[str, float]:
     ratio = {t.name: _dimension_sum(t) / t.numel for t in targets}
     full: set[str] = set()
     while True:
-        budget = (1.0 - sparsity) * sum(t.numel for t in targets) - sum(
-            t.numel for t in targets if t.name in full
-        )
+        budget = (1.0 - sparsity) * sum(t.numel for t in targets) - sum(t.numel for t in targets if t.name in full)
         open_ = [t for t in targets if t.name not in full]
         if not open_:
             return {t.name: 0.0 for t in targets}

@@ -72,9 +72,7 @@ class Masks(Mapping[str, Tensor]):
     def __and__(self, other: Masks) -> Masks:
         """Kept by both; a tensor that only one covers is taken from that one."""
         names = [*self, *(n for n in other if n not in self)]
-        return Masks(
-            {n: self[n] & other[n] if n in self and n in other else self._either(other, n) for n in names}
-        )
+        return Masks({n: self[n] & other[n] if n in self and n in other else self._either(other, n) for n in names})
 
     def __or__(self, other: Masks) -> Masks:
         """Kept by either; only tensors that both cover stay masked."""
@@ -152,9 +150,7 @@ class Hold:
     Cost: one read of the held weights a step, a byte of memory each.
     """
 
-    def __init__(
-        self, masks: Masks, model: nn.Module, optimizer: Optimizer, ema: nn.Module | None = None
-    ) -> None:
+    def __init__(self, masks: Masks, model: nn.Module, optimizer: Optimizer, ema: nn.Module | None = None) -> None:
         if not masks:
             raise NoEffectError("hold: the masks are empty, so nothing would be held")
         self.masks = masks

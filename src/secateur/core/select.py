@@ -148,9 +148,7 @@ def _protected(arrays: Mapping[str, _Scores], min_keep: int) -> int:
     return sum(min(min_keep, a.size) for a in arrays.values())
 
 
-def _lowest_pruned(
-    arrays: Sequence[_Scores], count: int, ties: Ties, seed: int, min_keep: int
-) -> list[_Array]:
+def _lowest_pruned(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int, min_keep: int) -> list[_Array]:
     """Keep all but the `count` lowest over all arrays; the `min_keep` highest of each array are safe."""
     if count == 0:
         for array in arrays:
@@ -294,9 +292,7 @@ def _lowest_pruned_per_row(
     array: _Scores, sparsity: float, rounding: Rounding, min_keep: int, ties: Ties, seed: int
 ) -> _Array:
     if len(array.shape) != 2:
-        raise UsageError(
-            f'scope "column" wants scores [rows, cells], got shape {list(array.shape)} for "{array.name}"'
-        )
+        raise UsageError(f'scope "column" wants scores [rows, cells], got shape {list(array.shape)} for "{array.name}"')
     _refuse_nan(array)
     rows, width = array.shape
     count = min(prune_count(width, sparsity, rounding), width - min(min_keep, width))
@@ -304,9 +300,7 @@ def _lowest_pruned_per_row(
     if ties == "index":
         order = np.argsort(values, axis=1, kind="stable")
     else:
-        shuffled = keyed_numpy(seed, "ties", array.name).permuted(
-            np.tile(np.arange(width), (rows, 1)), axis=1
-        )
+        shuffled = keyed_numpy(seed, "ties", array.name).permuted(np.tile(np.arange(width), (rows, 1)), axis=1)
         by_value = np.argsort(np.take_along_axis(values, shuffled, 1), axis=1, kind="stable")
         order = np.take_along_axis(shuffled, by_value, 1)
     keep = np.ones((rows, width), bool)

@@ -187,9 +187,7 @@ def _candidates(model: nn.Module, kind: str) -> Iterator[Target]:
             yield _target(path, module, "weight", "conv_transpose", groups=module.groups)
 
 
-def _target(
-    path: str, module: nn.Module, attribute: str, kind: Kind, groups: int = 1, blocks: int = 1
-) -> Target:
+def _target(path: str, module: nn.Module, attribute: str, kind: Kind, groups: int = 1, blocks: int = 1) -> Target:
     prefix = path + "." if path else ""
     if parametrize.is_parametrized(module, attribute):
         raise UsageError(
@@ -235,10 +233,7 @@ def _matches(pattern: str, targets: list[Target]) -> list[Target]:
     found = [
         t
         for t in targets
-        if any(
-            fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[0], pattern)
-            for n in (t.name, *t.aliases)
-        )
+        if any(fnmatchcase(n, pattern) or fnmatchcase(n.rpartition(".")[0], pattern) for n in (t.name, *t.aliases))
     ]
     if not found:
         paths = [t.module or t.name for t in targets]

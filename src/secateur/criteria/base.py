@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Criterion", "Evidence", "Need"]
 
-Need = Literal[
-    "weights", "gradients", "norm", "mean_abs", "variance", "zero_fraction", "activation_gradients"
-]
+Need = Literal["weights", "gradients", "norm", "mean_abs", "variance", "zero_fraction", "activation_gradients"]
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,7 @@ class _Gatherer:
     def run(self, batches: Batches) -> None:
         with _undisturbed(self.model, self.parameters if self.backward else {}):
             for batch in batches:
-                inputs, labels = (
-                    batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
-                )
+                inputs, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
                 self._batch = len(inputs)
                 self._one(inputs, labels)
                 self.samples += self._batch
@@ -150,9 +148,7 @@ class _Gatherer:
         for name, gradient in zip(names, torch.autograd.grad(value, tensors, allow_unused=True), strict=True):
             if "gradients" in self.needs and gradient is not None:
                 weighted = gradient.detach() * self._batch
-                self.gradients[name] = (
-                    self.gradients[name].add_(weighted) if name in self.gradients else weighted
-                )
+                self.gradients[name] = self.gradients[name].add_(weighted) if name in self.gradients else weighted
 
     def _on_output(self, name: str, activation: Tensor, axis: int, clobbered: bool) -> None:
         self.seen.add(name)

@@ -25,7 +25,50 @@ _LAYERS = {
     "conv_transpose3d": 1,
 }
 _FOLLOWED = frozenset(
-    ["relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "selu_", "celu", "celu_", "gelu", "silu", "silu_", "mish", "mish_", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "softsign", "logsigmoid", "hardswish", "hardswish_", "hardsigmoid", "hardtanh", "hardtanh_", "threshold", "threshold_", "prelu", "rrelu", "rrelu_", "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "batch_norm", "contiguous"]
+    [
+        "relu",
+        "relu_",
+        "relu6",
+        "leaky_relu",
+        "leaky_relu_",
+        "elu",
+        "elu_",
+        "selu",
+        "selu_",
+        "celu",
+        "celu_",
+        "gelu",
+        "silu",
+        "silu_",
+        "mish",
+        "mish_",
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+        "softplus",
+        "softsign",
+        "logsigmoid",
+        "hardswish",
+        "hardswish_",
+        "hardsigmoid",
+        "hardtanh",
+        "hardtanh_",
+        "threshold",
+        "threshold_",
+        "prelu",
+        "rrelu",
+        "rrelu_",
+        "dropout",
+        "dropout_",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "batch_norm",
+        "contiguous",
+    ]
 )
 # Looking at a tensor does not use it up.
 _LOOKS = frozenset(
@@ -43,9 +86,7 @@ class UnitOutputs(TorchFunctionMode):
     After the block, `norms` maps target names to the id of the BatchNorm scale that follows them.
     """
 
-    def __init__(
-        self, weights: Mapping[int, str], on_output: Callable[[str, Tensor, int, bool], None]
-    ) -> None:
+    def __init__(self, weights: Mapping[int, str], on_output: Callable[[str, Tensor, int, bool], None]) -> None:
         super().__init__()
         self._weights = dict(weights)
         self._on_output = on_output
@@ -107,6 +148,4 @@ class UnitOutputs(TorchFunctionMode):
 
 
 def _writes_in_place(name: str) -> bool:
-    return (name.endswith("_") and not name.endswith("__")) or (
-        name.startswith("__i") and name != "__invert__"
-    )
+    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__invert__")

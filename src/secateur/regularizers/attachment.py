@@ -48,18 +48,14 @@ class Attachment:
         self.parameters = self.targets.tensors(self.network)
         devices = {p.device for p in self.parameters.values()}
         if len(devices) > 1:
-            raise UsageError(
-                f"attach: targets lie on several devices {sorted(map(str, devices))}; expected one"
-            )
+            raise UsageError(f"attach: targets lie on several devices {sorted(map(str, devices))}; expected one")
         self.stream = NoiseStream(seed, next(iter(devices)))
         self.progress = Progress(0, 0, 1) if not spec.draws_noise else Progress(0, 1, 1)
         self._forwards = 0
         self._handles: list[Any] = []
         self._attached = True
         if spec.draws_noise:
-            self._handles.append(
-                model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)
-            )
+            self._handles.append(model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():

@@ -55,9 +55,7 @@ class WeightNoise(Regularizer):
     granularities: ClassVar[tuple[str, ...]] = ("weight", "unit")
 
     @abstractmethod
-    def multiplier(
-        self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress
-    ) -> Tensor | None:
+    def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
         """What to multiply `weight` by in this step.
 
         Args:

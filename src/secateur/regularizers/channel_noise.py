@@ -44,9 +44,7 @@ class RankedChannelDropout(Attachment):
         mask = self.stream.bernoulli((samples, keep.numel()), keep).to(keep.dtype)
         if self._ddrop.rescale:
             mask /= keep.clamp_min(1e-6)
-        for target, piece in zip(
-            self.targets, mask.split([t.units for t in self.targets], dim=1), strict=True
-        ):
+        for target, piece in zip(self.targets, mask.split([t.units for t in self.targets], dim=1), strict=True):
             self._masks[target.name] = piece
 
     def _keep(self, target: Target) -> Tensor:

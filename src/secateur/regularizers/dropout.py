@@ -50,9 +50,7 @@ class Dropout(WeightNoise):
         """The control with the same expected drop as `targeted`: drop_rate = gamma x alpha."""
         return cls(drop_rate=targeted.gamma * targeted.alpha, granularity=targeted.granularity)
 
-    def multiplier(
-        self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress
-    ) -> Tensor | None:
+    def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
         if not self.drop_rate:
             return None
         scale = 1.0 / (1.0 - self.drop_rate)

@@ -57,9 +57,7 @@ class TargetedDropout(WeightNoise):
         if self.granularity not in ("weight", "unit"):
             raise UnknownNameError("targeted_dropout granularity", self.granularity, ["weight", "unit"])
 
-    def multiplier(
-        self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress
-    ) -> Tensor | None:
+    def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
         from secateur.regularizers.candidates import lowest
 
         by_gamma, by_alpha = targeted_dropout_ramp(progress.fraction) if self.ramp else (1.0, 1.0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secateur.lab.report.schema import Change, Final, Latency, LatencyChange, Proof
+from secateur.lab.report.schema import Accuracy, Achieved, Change, Final, Latency, LatencyChange, Proof
 from secateur.lab.report.words import NOT_MEASURED, amount, level, percent, sized, times, tiny
 
-__all__ = ["Fact", "asked_lines", "cost_rows", "facts", "latency_ratio", "proof"]
+__all__ = ["Fact", "asked_and_got", "asked_lines", "cost_rows", "facts", "latency_ratio", "proof"]
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,20 @@ class Fact:
 
 def facts(final: Final) -> list[Fact]:
     """Every measured property of the final network, "not measured" where there is none."""
-    accuracy, memory, file = final.accuracy, final.memory, final.file
+    memory, file, known = final.memory, final.file, final.accuracy or Accuracy()
     stages = [
-        ("dense", accuracy and accuracy.dense),
-        ("masked", accuracy and accuracy.masked),
-        ("cut", accuracy and accuracy.cut),
-        ("cut and fine-tuned", accuracy and accuracy.fine_tuned),
-        ("saved and loaded again", accuracy and accuracy.reloaded),
+        ("dense", known.dense),
+        ("masked", known.masked),
+        ("cut", known.cut),
+        ("cut and fine-tuned", known.fine_tuned),
+        ("saved and loaded again", known.reloaded),
     ]
     peak = NOT_MEASURED
     if memory is not None and memory.dense_peak_bytes is not None and memory.cut_peak_bytes is not None:
         before, after = memory.dense_peak_bytes, memory.cut_peak_bytes
         peak = f"{sized(before)} -> {sized(after)} ({times(before, after)})"
     found = [Fact("Proof of the cut", *proof(final.verify))]
-    found += [Fact(f"Top-1, {name}", percent(value if value is not None else None)) for name, value in stages]
+    found += [Fact(f"Top-1, {name}", percent(value)) for name, value in stages]
     found.append(Fact("Latency, dense / cut", latency_ratio(final.latency)))
     found += [Fact(f"Latency, {name}", _latency(value)) for name, value in _latencies(final.latency)]
     found.append(Fact("Peak memory", peak))
@@ -87,7 +87,8 @@ def latency_ratio(latency: LatencyChange | None) -> str:
 
 
 def _latencies(latency: LatencyChange | None) -> list[tuple[str, Latency | None]]:
-    return [("dense", latency and latency.dense), ("cut", latency and latency.cut)]
+    both = latency or LatencyChange()
+    return [("dense", both.dense), ("cut", both.cut)]
 
 
 def _latency(value: Latency | None) -> str:
@@ -101,26 +102,29 @@ def _latency(value: Latency | None) -> str:
 
 def cost_rows(final: Final) -> list[tuple[str, str, str, str]]:
     """Asked against achieved: quantity, dense, cut, ratio."""
-    achieved = final.asked_vs_achieved
+    achieved = final.asked_vs_achieved or Achieved()
     rows = []
     for name, change, show in (
-        ("Parameters", achieved and achieved.params, amount),
-        ("MACs (batch 1)", achieved and achieved.macs, amount),
-        ("File bytes", achieved and achieved.bytes, sized),
+        ("Parameters", achieved.params, amount),
+        ("MACs (batch 1)", achieved.macs, amount),
+        ("File bytes", achieved.bytes, sized),
     ):
         both = change or Change()
         rows.append((name, show(both.dense), show(both.cut), times(both.dense, both.cut)))
     return rows
 
 
+def asked_and_got(final: Final) -> tuple[str, str]:
+    """Both sparsities, of the targets, in words."""
+    achieved = final.asked_vs_achieved or Achieved()
+    asked = final.sparsity if achieved.sparsity_asked is None else achieved.sparsity_asked
+    return NOT_MEASURED if asked is None else level(asked), percent(achieved.sparsity_got, 2)
+
+
 def asked_lines(final: Final) -> list[str]:
     """Asked against achieved as lines of text."""
-    achieved = final.asked_vs_achieved
-    asked = achieved.sparsity_asked if achieved and achieved.sparsity_asked is not None else final.sparsity
-    got = None if achieved is None else achieved.sparsity_got
-    lines = [
-        f"Sparsity asked {NOT_MEASURED if asked is None else level(asked)}, achieved {percent(got, 2)} of the targets"
-    ]
+    asked, got = asked_and_got(final)
+    lines = [f"Sparsity asked {asked}, achieved {got} of the targets"]
     for name, dense, cut, ratio in cost_rows(final):
         missing = ratio == NOT_MEASURED
         lines.append(f"{name}: {NOT_MEASURED}" if missing else f"{name}: {dense} -> {cut} ({ratio})")

@@ -7,15 +7,13 @@ matplotlib's object interface: no pyplot, no global backend, no display.
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from secateur.lab.report.panels import Arm, Panel
+from secateur.lab.report.picture import COLORS, INK, MUTED, Picture, draw_figure, plain
 from secateur.lab.report.schema import Result, Training
 from secateur.lab.report.words import level
 from secateur.lab.statistics import mean_interval
@@ -23,83 +21,11 @@ from secateur.lab.statistics import mean_interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLORS", "Line", "Picture", "accuracy", "curves", "latency", "lines", "styles"]
+__all__ = ["Line", "Style", "accuracy", "curves", "latency", "limits", "lines", "styles"]
 
-# (light page, dark page); after the fifth method colors repeat with another marker and dash.
-COLORS = (
-    ("#0072b2", "#56b4e9"),
-    ("#d55e00", "#ff8f4a"),
-    ("#009e73", "#2fcfa0"),
-    ("#b0559a", "#e39bcb"),
-    ("#a67c00", "#f0c541"),
-)
-_INK, _MUTED, _GRID, _PAPER = "#1b1f24", "#5b6571", "#d5dae1", "#ffffff"
 _MARKERS = ("o", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _CONTROL_DASH = (0, (3.5, 2))
-_SIZE = (5.0, 3.7)  # inches; 360 pt wide, so that a phone shows the text at its own size
-_RC = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.7,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "figure.facecolor": _PAPER,
-    "axes.facecolor": _PAPER,
-    "savefig.facecolor": _PAPER,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "secateur",
-    "text.parse_math": False,
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure.
-
-    Args:
-        name: file name without ending.
-        caption: what it shows and how its intervals were made.
-        alt: one sentence for those who cannot see it.
-        svg, png: the files' content, on white.
-    """
-
-    name: str
-    caption: str
-    alt: str
-    svg: str
-    png: bytes
-
-    def inline(self) -> str:
-        """The SVG for a page: no size of its own, page's colors, ids that do not clash with other figures'."""
-        body = self.svg[self.svg.index("<svg") :]
-        body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-        body = re.sub(r' (?:width|height)="[\d.]+pt"', "", body, count=2)
-        prefix = re.sub(r"\W", "-", self.name)
-        body = re.sub(r'\bid="', f'id="{prefix}-', body)
-        body = re.sub(r"url\(#", f"url(#{prefix}-", body)
-        body = re.sub(r'href="#', f'href="#{prefix}-', body)
-        body = body.replace(f"fill: {_PAPER}", "fill: none").replace("'DejaVu Sans'", "system-ui")
-        for number, (light, _) in enumerate(COLORS, 1):
-            body = body.replace(light, f"var(--series-{number})")
-        for color, name in ((_INK, "ink"), (_MUTED, "muted"), (_GRID, "grid")):
-            body = body.replace(color, f"var(--{name})")
-        return body.replace("<svg", '<svg aria-hidden="true"', 1)
 
 
 @dataclass(frozen=True)
@@ -129,13 +55,14 @@ def styles(result: Result) -> dict[str, Style]:
         color, _ = COLORS[index % len(COLORS)]
         found[method.label] = Style(color, _MARKERS[index % len(_MARKERS)], _DASHES[index // len(COLORS) % 4])
         if method.label == base:
-            found[method.label] = Style(_INK, "s", _CONTROL_DASH)
+            found[method.label] = Style(INK, "s", _CONTROL_DASH)
     return found
 
 
 def lines(result: Result, panel: Panel) -> list[Line]:
     """The arms of a panel with their styles; a method's second arm gets another marker and dash."""
-    known, seen = styles(result), dict.fromkeys(styles(result), 0)
+    known = styles(result)
+    seen = dict.fromkeys(known, 0)
     found = []
     for arm in panel.arms:
         style, again = known[arm.method], seen[arm.method]
@@ -180,7 +107,7 @@ def accuracy(
     if chance is not None:
         caption += f" Dotted: guessing, {100 * chance:.3g} %."
     alt = f"Accuracy against sparsity, {title}, for {', '.join(line.label for line in drawn)}"
-    return _figure(name, title, draw, caption, alt)
+    return draw_figure(name, title, draw, caption, alt)
 
 
 def limits(panels: Sequence[Panel], chance: float | None) -> tuple[float, float]:
@@ -240,7 +167,7 @@ def _latency(name: str, title: str, drawn: Sequence[Line], chance: float | None,
         f"Measured on {place}. Each point is one sparsity, the first and last are named; horizontal bars span the "
         "95 % intervals of all seeds, vertical bars are 95 % intervals over seeds."
     )
-    return _figure(name, title, draw, caption, f"Accuracy against measured latency on {place}, {title}")
+    return draw_figure(name, title, draw, caption, f"Accuracy against measured latency on {place}, {title}")
 
 
 def curves(name: str, result: Result) -> list[Picture]:
@@ -259,6 +186,8 @@ def _curve(
     name: str, what: str, trainings: Sequence[Training], known: dict[str, Style], key: str, scale: float
 ) -> Picture:
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         for method, style in known.items():
             runs = [_series(item, key) for item in trainings if item.method == method]
             runs = [run for run in runs if run]
@@ -271,12 +200,10 @@ def _curve(
             shared = sorted(set.intersection(*(set(run) for run in runs)))
             means = [scale * sum(run[epoch] for run in runs) / len(runs) for epoch in shared]
             few = style.marker if len(shared) <= 12 else ""
-            axes.plot(
-                shared, means, color=style.color, linestyle=style.dash, marker=few, label=_plain(method)
-            )
+            axes.plot(shared, means, color=style.color, linestyle=style.dash, marker=few, label=plain(method))
         axes.set_xlabel("epoch")
         axes.set_ylabel(what)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     title = what.removesuffix(", %")
     return _figure(
@@ -312,7 +239,7 @@ def _bars(
         color=line.style.color,
         marker=line.style.marker,
         linestyle=line.style.dash,
-        label=_plain(line.label),
+        label=plain(line.label),
         capsize=2.5,
         elinewidth=1.0,
         capthick=1.0,
@@ -331,7 +258,7 @@ def _methods(drawn: Sequence[Line]) -> list[str]:
 
 def _chance(axes: Axes, chance: float | None) -> None:
     if chance is not None:
-        axes.axhline(100 * chance, color=_MUTED, linestyle=":", linewidth=1.2)
+        axes.axhline(100 * chance, color=MUTED, linestyle=":", linewidth=1.2)
 
 
 def _stretch(sparsity: float) -> float:
@@ -345,33 +272,3 @@ def _thin(positions: Sequence[float], gap: float) -> list[int]:
         if not kept or positions[kept[-1]] - positions[index] >= gap:
             kept.append(index)
     return kept[::-1]
-
-
-def _plain(text: str) -> str:
-    """A label that matplotlib and XML take as it is: no control characters, no leading underscore."""
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    return " " + text if text.startswith("_") else text
-
-
-def _figure(name: str, title: str, draw: Callable[[Axes], None], caption: str, alt: str) -> Picture:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_RC), warnings.catch_warnings():
-        # A label in a script that the font lacks is drawn as boxes in the PNG; the SVG and the tables have it.
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set_title(_plain(title), loc="left")
-        handles, labels = axes.get_legend_handles_labels()
-        if handles:
-            columns = 2 if max(len(label) for label in labels) <= 24 else 1
-            figure.set_figheight(_SIZE[1] + 0.19 * max(0, math.ceil(len(labels) / columns) - 2))
-            figure.legend(handles, labels, loc="outside lower left", ncols=columns)
-        svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
-    return Picture(name, caption, alt, svg.getvalue().decode("utf-8"), png.getvalue())

@@ -13,11 +13,12 @@ from typing import Any
 
 from secateur.errors import StorageError, UsageError
 from secateur.lab.report import plots, tables
-from secateur.lab.report.final import asked_lines, cost_rows, facts, latency_ratio, proof
+from secateur.lab.report.final import asked_and_got, asked_lines, cost_rows, facts, latency_ratio, proof
+from secateur.lab.report.picture import COLORS, Picture
 from secateur.lab.report.runs import between, overview, run_names
 from secateur.lab.report.schema import Result, read_result
 from secateur.lab.report.verdict import judge
-from secateur.lab.report.words import NOT_MEASURED, level, percent
+from secateur.lab.report.words import NOT_MEASURED
 
 __all__ = ["summary_lines", "write_report"]
 
@@ -42,7 +43,7 @@ def write_report(results: Sequence[Mapping[str, Any]], out_dir: Path | str) -> P
     checked = [read_result(raw) for raw in results]
     names = run_names(checked)
     folder = Path(out_dir)
-    pictures: list[plots.Picture] = []
+    pictures: list[Picture] = []
     runs = []
     for name, result in zip(names, checked, strict=True):
         prefix = "" if len(checked) == 1 else f"{_slug(name)}-"
@@ -56,7 +57,7 @@ def write_report(results: Sequence[Mapping[str, Any]], out_dir: Path | str) -> P
         title=" vs ".join(names) if len(names) < 4 else f"{len(names)} runs",
         runs=runs,
         comparison=comparison,
-        colors=plots.COLORS,
+        colors=COLORS,
     )
     judged = [
         (name, result, run["verdict"].comparisons) for (name, result), run in zip(named, runs, strict=True)
@@ -104,12 +105,12 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _run(name: str, result: Result, prefix: str, pictures: list[plots.Picture]) -> dict[str, Any]:
+def _run(name: str, result: Result, prefix: str, pictures: list[Picture]) -> dict[str, Any]:
     """Everything the template says about one run; the plots are also added to `pictures`."""
     verdict, chance = judge(result), result.chance()
     shared = plots.limits(result.panels, chance)
-    drawn: list[plots.Picture] = []
-    timed: list[plots.Picture] = []
+    drawn: list[Picture] = []
+    timed: list[Picture] = []
     for panel in result.panels:
         slug = _slug(panel.granularity) + ("-fine-tuned" if panel.fine_tuned else "")
         title, lines = panel.title[:1].upper() + panel.title[1:], plots.lines(result, panel)
@@ -143,16 +144,14 @@ def _run(name: str, result: Result, prefix: str, pictures: list[plots.Picture]) 
 def _final(result: Result) -> dict[str, Any]:
     final = result.final
     assert final is not None
-    achieved = final.asked_vs_achieved
-    asked = achieved.sparsity_asked if achieved and achieved.sparsity_asked is not None else final.sparsity
-    got = None if achieved is None else achieved.sparsity_got
+    asked, got = asked_and_got(final)
     head = ("Quantity", "Dense", "Cut", "Ratio")
     return {
         "method": final.method,
         "seed": final.seed,
         "granularity": final.granularity,
-        "asked": NOT_MEASURED if asked is None else level(asked),
-        "got": percent(got, 2),
+        "asked": asked,
+        "got": got,
         "costs": tables.Table("Asked against achieved", head, tuple(cost_rows(final))),
         "facts": facts(final),
     }

@@ -1,4 +1,4 @@
-"""Several runs side by side: what differs between them, paired by seed where they share seeds and test set."""
+"""Several runs side by side: what differs between them, paired by the seeds they share."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def densities(panel: Panel) -> list[Heat]:
 
 
 def csv_text(results: Sequence[tuple[str, Result, Sequence[Comparison]]]) -> str:
-    """One line a run, arm and sparsity: means, intervals and the comparison with the control; empty = not measured."""
+    """One line a run, arm and sparsity: means, intervals, the comparison with the control; empty = not measured."""
     head = [
         *(
             "run",

@@ -171,7 +171,7 @@ def _headline(result: Result, comparisons: Sequence[Comparison]) -> tuple[str, s
             "No other method was pruned to the same sparsity with the same seeds.",
         )
     family = comparisons[0].family
-    of = f"largest of {many(family, 'comparison')} (method, sparsity and granularity)"
+    of = f"largest of {many(family, 'comparison')} (methods, sparsities, granularities)"
     settled = [item for item in comparisons if item.interval.resolved and item.all < ALPHA]
     gains = [item for item in settled if item.interval.mean > 0]
     losses = [item for item in settled if item.interval.mean < 0]

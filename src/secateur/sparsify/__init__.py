@@ -1,0 +1,1 @@
+"""Criterion, granularity, scope and schedule at work on a model."""
