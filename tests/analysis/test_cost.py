@@ -131,9 +131,7 @@ def test_tied_weights_count_once(tmp_path) -> None:
 
 
 def test_bytes_are_the_files_size(tmp_path) -> None:
-    net = nn.Sequential(
-        nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.Linear(5, 3).half(), nn.Linear(3, 2).double()
-    )
+    net = nn.Sequential(nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.Linear(5, 3).half(), nn.Linear(3, 2).double())
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     size = (tmp_path / "net.safetensors").stat().st_size
     assert safetensors_bytes(net) == size

@@ -99,9 +99,7 @@ def test_a_slower_callable_is_slower() -> None:
 
 
 def test_cpu_clock_ignores_waiting() -> None:
-    result = measure_latency(
-        {"a": lambda _: time.sleep(0.01)}, torch.zeros(1), rounds=6, min_time=0, clock="cpu"
-    )
+    result = measure_latency({"a": lambda _: time.sleep(0.01)}, torch.zeros(1), rounds=6, min_time=0, clock="cpu")
     assert result["a"].median_ms < 5
 
 
@@ -133,17 +131,13 @@ def test_modules_run_in_eval_and_inference_mode_and_come_back_as_they_were() -> 
             self.norm = nn.BatchNorm1d(3)
 
         def forward(self, x):
-            seen.append(
-                (self.training, torch.is_inference_mode_enabled(), torch.get_num_threads(), x.shape[0])
-            )
+            seen.append((self.training, torch.is_inference_mode_enabled(), torch.get_num_threads(), x.shape[0]))
             return self.norm(x)
 
     net = Probe()
     net.norm.eval()
     threads, mean = torch.get_num_threads(), net.norm.running_mean.clone()
-    result = measure_latency({"net": net}, torch.randn(2, 3), batch_size=5, threads=2, rounds=6, min_time=0)[
-        "net"
-    ]
+    result = measure_latency({"net": net}, torch.randn(2, 3), batch_size=5, threads=2, rounds=6, min_time=0)["net"]
     assert set(seen) == {(False, True, 2, 5)}
     assert (result.batch_size, result.threads) == (5, 2)
     assert net.training

@@ -34,9 +34,7 @@ def test_peak_by_hand(relu: nn.Module, worst: int) -> None:
 
 
 def test_same_number_every_time_and_linear_in_the_batch() -> None:
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)
-    )
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
     x = torch.randn(16, 3, 8, 8)
     uses = {peak_memory(net, x) for _ in range(3)}
     assert len(uses) == 1

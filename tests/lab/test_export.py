@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from torch import nn
 from secateur.errors import ExportError, MissingExtraError, StorageError, UsageError
 from secateur.lab.export import export_onnx, export_torch, onnx_callable
 
-pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+needs_onnx = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")), reason="needs the onnx extra"
+)
+KINDS = [pytest.param("onnx", marks=needs_onnx), "torch"]
 
 
 def _conv_net(widths: tuple[int, ...] = (8, 16)) -> nn.Module:
@@ -32,15 +35,13 @@ def _conv_net(widths: tuple[int, ...] = (8, 16)) -> nn.Module:
         nn.init.normal_(norm.bias)
         layers += [nn.Conv2d(before, width, 3, padding=1), norm, nn.ReLU()]
         before = width
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * before, 10)
-    )
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * before, 10))
 
 
 EXPORTS = {"onnx": export_onnx, "torch": export_torch}
 
 
-@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("widths", [(8, 16), (5, 13)], ids=["whole", "pruned"])
 def test_export_equals_source_at_unseen_batch_sizes(kind: str, widths, tmp_path: Path, capfd) -> None:
     net = _conv_net(widths)
@@ -74,7 +75,7 @@ class TwoInTwoOut(nn.Module):
         return self.a(x) + self.b(y), self.b(y).relu()
 
 
-@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_several_inputs_and_outputs(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "net.bin"
     inputs = (torch.randn(3, 4), torch.randn(3, 2))
@@ -108,7 +109,7 @@ class Deceiver(nn.Module):
         return self.layer(x) + (0.5 if torch.compiler.is_compiling() else 0.0)
 
 
-@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_export_is_refused_and_leaves_the_older_file(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "net.bin"
     with pytest.raises(ExportError, match="computes something else") as caught:
@@ -133,7 +134,7 @@ class FixedBatch(nn.Module):
         return x.reshape(3, 2, 2) * 2
 
 
-@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fixed_batch_size_must_be_asked_for(kind: str, tmp_path: Path) -> None:
     x = torch.randn(3, 4)
     with pytest.raises(ExportError, match="dynamic_batch=False") as caught:
@@ -150,13 +151,14 @@ def test_missing_extra(tmp_path: Path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_onnx
 def test_telemetry_is_off() -> None:
     with pytest.raises(ExportError, match="does not load"):
         onnx_callable("nowhere.onnx")
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
 
 
-@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_unwritable_target(kind: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written"):
@@ -167,6 +169,7 @@ def test_unwritable_target(kind: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
+@needs_onnx
 def test_foreign_files_and_meta_networks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "junk.onnx").write_bytes(b"not a network")
     with pytest.raises(ExportError, match="does not load"):

@@ -50,16 +50,12 @@ def test_bca_agrees_with_scipy() -> None:
 
 @given(st.integers(0, 10_000), st.floats(-1.0, 1.0), st.sampled_from(["t", "bca"]), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_p_below_alpha_exactly_when_zero_is_outside(
-    seed: int, shift: float, method: str, counted: bool
-) -> None:
+def test_p_below_alpha_exactly_when_zero_is_outside(seed: int, shift: float, method: str, counted: bool) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(shift, 1, 12) / 20, rng.normal(0, 1, 12) / 20
     got = paired_difference(by_seed(a), by_seed(b), count=200 if counted else None, method=method)  # type: ignore[arg-type]
     assert got.p is not None
-    if (
-        abs(got.p - 0.05) > 0.005
-    ):  # bootstrap quantiles interpolate; both ends meet zero within a few resamples
+    if abs(got.p - 0.05) > 0.005:  # bootstrap quantiles interpolate; both ends meet zero within a few resamples
         assert got.resolved == (got.p < 0.05)
     mirrored = paired_difference(by_seed(b), by_seed(a), count=200 if counted else None, method="t")
     if method == "t":

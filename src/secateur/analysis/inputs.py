@@ -34,9 +34,7 @@ def batch_of(args: Sequence[Any]) -> int:
                 break
             return value.shape[0]
     shapes = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in args]
-    raise UsageError(
-        f"example input {shapes} has no batch dimension; expected a tensor with at least one row"
-    )
+    raise UsageError(f"example input {shapes} has no batch dimension; expected a tensor with at least one row")
 
 
 def with_batch(args: Sequence[Any], batch_size: int) -> tuple[Any, ...]:

@@ -175,9 +175,7 @@ def latency_ratio(dense: Latency, pruned: Latency) -> LatencyRatio:
         UsageError: the two come from different measurements, so their rounds are no pairs.
     """
     if dense.run != pruned.run or len(dense.rounds_ms) != len(pruned.rounds_ms):
-        raise UsageError(
-            "latencies of different runs are not paired; measure both in one measure_latency call"
-        )
+        raise UsageError("latencies of different runs are not paired; measure both in one measure_latency call")
     ratios = [a / b for a, b in zip(dense.rounds_ms, pruned.rounds_ms, strict=True)]
     low, high = median_interval(ratios)
     return LatencyRatio(statistics.median(ratios), low, high, len(ratios), not low <= 1 <= high)
@@ -200,9 +198,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
         raise UsageError(f"confidence {confidence} is out of range; expected 0 < confidence < 1")
     n = len(values)
     # Whole numbers: 2 * sum C(n, i) <= (1 - confidence) * 2**n, without rounding for any n.
-    budget = (
-        math.floor((1 - confidence) * 2**n / 2) if n < 1000 else int((1 - confidence) * 2**53) * 2 ** (n - 54)
-    )
+    budget = math.floor((1 - confidence) * 2**n / 2) if n < 1000 else int((1 - confidence) * 2**53) * 2 ** (n - 54)
     k, tail, term = 0, 0, 1
     while tail + term <= budget:
         tail += term

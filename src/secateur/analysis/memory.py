@@ -96,10 +96,7 @@ def _peak_cuda(model: nn.Module, args: tuple[Any, ...], device: torch.device) ->
 
 
 def _weights_bytes(model: nn.Module) -> int:
-    seen = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for t in (*model.parameters(), *model.buffers())
-    }
+    seen = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
     return sum(seen.values())
 
 

@@ -124,7 +124,11 @@ class _Gatherer:
             for batch in batches:
                 inputs, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
                 self._batch = len(inputs)
-                self._one(inputs, labels)
+                if not self._batch:
+                    continue
+                # The caller may be inside no_grad.
+                with torch.set_grad_enabled(self.backward):
+                    self._one(inputs, labels)
                 self.samples += self._batch
                 if not self.needs - {"weights", "norm"}:
                     break
@@ -132,7 +136,7 @@ class _Gatherer:
             raise DataError("scoring: the batches are empty; expected at least one (inputs, labels)")
 
     def _one(self, inputs: Any, labels: Any) -> None:
-        with torch.set_grad_enabled(self.backward), self.watch:
+        with self.watch:
             outputs = self.model(inputs)
             self.watch.finish()
         if not self.backward:

@@ -142,9 +142,10 @@ class UnitOutputs(TorchFunctionMode):
 
     def finish(self) -> None:
         """Report outputs that nothing consumed (the network's own outputs). Call after each forward pass."""
-        for layer, activation, axis in self._open.values():
+        # Taken out first: what on_output computes must not be seen as uses of the outputs it is given.
+        left, self._open = list(self._open.values()), {}
+        for layer, activation, axis in left:
             self._emit(layer, activation, axis, False)
-        self._open.clear()
 
 
 def _writes_in_place(name: str) -> bool:

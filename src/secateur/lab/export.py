@@ -105,9 +105,7 @@ def export_onnx(
         with evaluating(model):
             _exporting("onnx", model, write, partial)
         session = _exporting("onnx", model, lambda target: OrtModule(target), partial)
-        return _checked(
-            "onnx", model, session, example_input, batches, tolerance, partial, Path(path), runtime
-        )
+        return _checked("onnx", model, session, example_input, batches, tolerance, partial, Path(path), runtime)
 
 
 def export_torch(
@@ -129,9 +127,7 @@ def export_torch(
     model, args, batches = _prepare(model, example_input, dynamic_batch)
 
     def write(target: Path) -> None:
-        program = torch.export.export(
-            model, args, dynamic_shapes=_dynamic_shapes(example_input, dynamic_batch)
-        )
+        program = torch.export.export(model, args, dynamic_shapes=_dynamic_shapes(example_input, dynamic_batch))
         program.example_inputs = None
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
@@ -224,9 +220,7 @@ def _dynamic_shapes(example_input: Inputs, dynamic_batch: bool) -> tuple[dict[in
     args = as_args(example_input)
     rows = batch_of(args)
     batch = torch.export.Dim("batch")
-    return tuple(
-        {0: batch} if isinstance(a, Tensor) and a.ndim and a.shape[0] == rows else None for a in args
-    )
+    return tuple({0: batch} if isinstance(a, Tensor) and a.ndim and a.shape[0] == rows else None for a in args)
 
 
 def _exporting(kind: str, model: nn.Module, step: Callable[[Path], Any], target: Path) -> Any:
@@ -309,8 +303,7 @@ def _committed(path: Path) -> Iterator[Path]:
         partial.replace(path)
     except OSError as error:
         raise StorageError(
-            f'"{path}" cannot be written: {error.strerror or error}; choose a folder you may write to, with '
-            "room left"
+            f'"{path}" cannot be written: {error.strerror or error}; choose a folder you may write to, with room left'
         ) from error
     finally:
         _discard(partial)

@@ -73,9 +73,7 @@ def wilson(correct: int, count: int, confidence: float = 0.95) -> tuple[float, f
     (0.0, 0.2775)
     """
     if count < 1 or not 0 <= correct <= count:
-        raise UsageError(
-            f"wilson: got {correct} correct of {count}; expected 0 <= correct <= count, count >= 1"
-        )
+        raise UsageError(f"wilson: got {correct} correct of {count}; expected 0 <= correct <= count, count >= 1")
     z = _normal_quantile(confidence)
     share = correct / count
     center = (share + z * z / (2 * count)) / (1 + z * z / count)

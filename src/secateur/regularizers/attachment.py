@@ -56,19 +56,27 @@ class Attachment:
         self._attached = True
         if spec.draws_noise:
             self._handles.append(model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True))
+            self._handles.append(model.register_forward_hook(Hook(lambda *_: self.resume()), always_call=True))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
             self._forwards += 1
             self.begin(args, kwargs)
         else:
-            self.end()
+            self.pause()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A training forward pass is about to run."""
 
     def end(self) -> None:
-        """Noise must not be seen from here on (evaluation, optimizer step, saving)."""
+        """Noise must not be seen from here on (optimizer step, loading, removal)."""
+
+    def pause(self) -> None:
+        """Noise must not be seen until `resume` (evaluation, saving), but a backward pass may still need it."""
+        self.end()
+
+    def resume(self) -> None:
+        """What `pause` was called for is over."""
 
     def penalty(self) -> Tensor | float:
         """What to add to the loss; 0.0 for methods without a penalty."""

@@ -61,7 +61,8 @@ class RankedChannelDropout(Attachment):
             if not module.training or name not in self._masks:
                 return None
             mask = self._masks[name]
-            return output * mask.reshape(mask.shape[0], mask.shape[1], *([1] * (output.dim() - 2)))
+            # In place: a BatchNorm's backward pass needs its input only, and a second copy would cost time and memory.
+            return output.mul_(mask.reshape(mask.shape[0], mask.shape[1], *([1] * (output.dim() - 2))))
 
         return drop
 

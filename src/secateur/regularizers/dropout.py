@@ -53,9 +53,11 @@ class Dropout(WeightNoise):
     def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
         if not self.drop_rate:
             return None
+        from secateur.regularizers.stream import as_numbers
+
         scale = 1.0 / (1.0 - self.drop_rate)
         if self.granularity == "weight":
             keep = stream.bernoulli((target.units, target.fan_in), 1.0 - self.drop_rate)
-            return target.unrows(keep.to(weight.dtype).mul_(scale))
+            return target.unrows(as_numbers(keep, weight.dtype).mul_(scale))
         keep = stream.bernoulli((target.units,), 1.0 - self.drop_rate)
-        return target.spread(keep.to(weight.dtype).mul_(scale))
+        return target.spread(as_numbers(keep, weight.dtype).mul_(scale))

@@ -59,6 +59,7 @@ class TargetedDropout(WeightNoise):
 
     def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
         from secateur.regularizers.candidates import lowest
+        from secateur.regularizers.stream import as_numbers
 
         by_gamma, by_alpha = targeted_dropout_ramp(progress.fraction) if self.ramp else (1.0, 1.0)
         gamma, alpha = self.gamma * by_gamma, self.alpha * by_alpha
@@ -67,12 +68,12 @@ class TargetedDropout(WeightNoise):
             candidates = math.floor(gamma * target.fan_in + 1e-9)
             if not candidates or not alpha:
                 return None
-            dropped = lowest(rows.abs(), candidates) & stream.bernoulli(tuple(rows.shape), alpha)
-            return target.unrows((~dropped).to(weight.dtype))
+            dropped = lowest(rows, candidates) & stream.bernoulli(tuple(rows.shape), alpha)
+            return target.unrows(as_numbers(~dropped, weight.dtype))
         per_block = target.units // target.blocks
         candidates = math.floor(gamma * per_block + 1e-9)
         if not candidates or not alpha:
             return None
         norms = rows.norm(dim=1).reshape(target.blocks, per_block)
         dropped = lowest(norms, candidates) & stream.bernoulli(tuple(norms.shape), alpha)
-        return target.spread((~dropped).reshape(-1).to(weight.dtype))
+        return target.spread(as_numbers(~dropped, weight.dtype).reshape(-1))

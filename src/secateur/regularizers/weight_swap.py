@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from secateur.core.targets import Targets
 from secateur.regularizers.attachment import Attachment, Hook
@@ -19,9 +20,10 @@ class WeightSwap(Attachment):
     """Runs a `WeightNoise` method.
 
     Before a training forward pass every target's storage is swapped for `weight * multiplier`; a hook on the
-    parameter multiplies each gradient alike. The plain weights return before the optimizer steps, an
-    evaluation pass, `state_dict()`, `after_step` and `remove`. Forward passes that share one backward pass
-    share one draw; after a backward pass (gradient accumulation) the next forward pass draws anew.
+    parameter multiplies each gradient alike. The plain weights return before the optimizer steps (after its
+    closure, if it is given one), `load_state_dict()`, `after_step` and `remove`, and for the time of an evaluation
+    pass or `state_dict()`. Forward passes that share one backward pass share one draw; after a backward pass
+    (gradient accumulation) the next forward pass draws anew.
     """
 
     def __init__(self, spec: WeightNoise, model: nn.Module, targets: Targets | None, seed: int) -> None:
@@ -30,14 +32,38 @@ class WeightSwap(Attachment):
         self._plain: dict[str, Tensor] = {}
         self._noisy: dict[str, Tensor] = {}
         self._multipliers: dict[str, Tensor] = {}
-        self._used = False
+        self._used = self._paused = False
         self._had_hooks = {n: p._backward_hooks is not None for n, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(self._gradient_hook(name)))
+        self._hooked: set[str] = set()
+        self._hook_gradients()
         # Other code reads and writes the weights here: they must be the plain ones.
-        self._handles.append(register_optimizer_step_pre_hook(lambda *_: self.end()))
-        self._handles.append(self.network.register_state_dict_pre_hook(Hook(lambda *_: self.end())))
+        self._handles.append(register_optimizer_step_pre_hook(self._before_step))
+        self._handles.append(self.network.register_state_dict_pre_hook(Hook(lambda *_: self.pause())))
+        self._handles.append(self.network.register_state_dict_post_hook(Hook(lambda *_: self.resume())))
+        self._handles.append(self.network.register_load_state_dict_pre_hook(Hook(lambda *_: self.end())))
+
+    def _hook_gradients(self) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad and name not in self._hooked:
+                self._hooked.add(name)
+                self._handles.append(parameter.register_hook(self._gradient_hook(name)))
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ours = {id(p) for p in self.parameters.values()}
+        # Another network's optimizer may step between our forward and backward pass.
+        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            return None
+        self.end()
+        wrapped = (args[0], *(self._then_end(a) if callable(a) else a for a in args[1:]))
+        return wrapped, {k: self._then_end(v) if callable(v) else v for k, v in kwargs.items()}
+
+    def _then_end(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            value = closure()
+            self.end()
+            return value
+
+        return call
 
     def _gradient_hook(self, name: str) -> Any:
         def multiply(gradient: Tensor) -> Tensor:
@@ -49,10 +75,12 @@ class WeightSwap(Attachment):
 
     @torch.no_grad()
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.resume()
         if self._plain and not self._used:
             return
         self.end()
         self._used = False
+        self._hook_gradients()
         for target in self.targets:
             parameter = self.parameters[target.name]
             weight = parameter.detach()
@@ -71,10 +99,24 @@ class WeightSwap(Attachment):
     def end(self) -> None:
         if not self._plain:
             return
-        for name, weight in self._plain.items():
-            self.parameters[name].data = weight
+        self._show(self._plain)
         self._plain.clear()
         self._multipliers.clear()
+        self._paused = False
+
+    def pause(self) -> None:
+        if self._plain and not self._paused:
+            self._show(self._plain)
+            self._paused = True
+
+    def resume(self) -> None:
+        if self._paused:
+            self._show({name: self._noisy[name] for name in self._plain})
+            self._paused = False
+
+    def _show(self, weights: dict[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self.parameters[name].data = weight
         torch.clear_autocast_cache()
 
     def remove(self) -> None:

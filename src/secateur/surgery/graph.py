@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,11 +23,15 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from secateur.surgery.layers import is_depthwise, slices_of
+from secateur.surgery.values import tensors_in
 
-__all__ = ["tensors_in", "trace"]
+__all__ = ["trace"]
 
 Key = tuple[int, str]
 Ints = NDArray[np.int64]
+
+# Stands for entries beyond the largest layer: a reshape that the tracer read wrongly, perhaps again and again.
+_LOST: Key = (-1, "lost")
 
 # Operations that mix entries of the dimension they are given, so that removing one changes the others.
 _MIXING = {
@@ -70,23 +74,11 @@ def _channels(x: Any) -> int | None:
     return int(x.shape[1]) if isinstance(x, Tensor) and x.ndim >= 2 and x.ndim != 3 else None
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclass-like outputs, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-
-
 def trace(model: nn.Module, inputs: tuple[Any, ...], roots: Sequence[str] | None) -> str:
     """Trace `model` and return its coupled entries as JSON; leaves traces in `model`, so give it a copy.
 
-    The answer: `{"groups": [{"units": n, "entries": [[kind, name, side, [[index, ...], ...]], ...]}, ...],
-    "untraced": [module path, ...]}`; kind is "layer", "parameter", "output", "input", "mixing" or "range".
+    The answer: `{"groups": [{"units": n, "entries": [["layer", path, side, index] or ["parameter", name, dim,
+    index], ...], "flags": [[why, where], ...]}, ...], "untraced": [module path, ...]}`.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -152,6 +144,8 @@ class _Closure:
             for i, node in enumerate(self.nodes)
             for side in ("prune_out_channels", "prune_in_channels")
         }
+        self.limit = max((size for size in self.size.values() if size is not None), default=0)
+        self.lost: list[Ints] = []
         self.tied = self._tied()
 
     def run(self, roots: Sequence[str] | None) -> dict[str, Any]:
@@ -217,10 +211,7 @@ class _Closure:
                 if tensor is not None and (i, name) not in shared[id(tensor), dim]:
                     shared[id(tensor), dim].append((i, name))
         return {
-            key: [other for other in keys if other != key]
-            for keys in shared.values()
-            if len(keys) > 1
-            for key in keys
+            key: [other for other in keys if other != key] for keys in shared.values() if len(keys) > 1 for key in keys
         }
 
     def _reach(self, key: Key, entries: Ints) -> list[tuple[Key, Ints]]:
@@ -250,7 +241,8 @@ class _Closure:
                 yield from self._connect(key, *_mapped(dependency.index_mapping, entries, other))
 
     def _connect(self, key: Key, source: Ints, other: Key, target: Ints) -> list[tuple[Key, Ints]]:
-        inside = target >= 0
+        self.lost.append(self.ids[key][source[target >= self.limit]])
+        inside = (target >= 0) & (target < self.limit)
         source, target = source[inside], target[inside]
         if len(target) == 0:
             return []
@@ -271,42 +263,53 @@ class _Closure:
                 continue
             for entry in np.flatnonzero(self.ids[key] >= 0).tolist():
                 units[int(unit_of[self.ids[key][entry]])].setdefault(key, []).append(entry)
+        for element in np.concatenate(self.lost).tolist() if self.lost else []:
+            units[int(unit_of[element])][_LOST] = [0]
         alike: dict[tuple[tuple[Key, int], ...], list[dict[Key, list[int]]]] = defaultdict(list)
         for unit in units.values():
             alike[tuple((key, len(entries)) for key, entries in unit.items())].append(unit)
-        return [
-            {
-                "units": len(members),
-                "entries": [
-                    [*self._describe(key, members), [unit[key] for unit in members]] for key, _ in signature
-                ],
-            }
-            for signature, members in alike.items()
-        ]
+        return [self._raw(tuple(key for key, _ in signature), members) for signature, members in alike.items()]
 
-    def _place(self, key: Key) -> tuple[int, int, str]:
+    def _place(self, key: Key) -> tuple[int, int, bool]:
         path = self.paths.get(id(self.nodes[key[0]].module))
         return (len(self.order) if path is None else self.order[path], key[0], key[1] != "prune_out_channels")
 
     def _tells(self, key: Key) -> bool:
-        return self._describe(key, [])[0] != "operation"
+        return self._kind(self.nodes[key[0]]) != "operation" or bool(self._flags(key))
 
-    def _describe(self, key: Key, members: list[dict[Key, list[int]]]) -> tuple[str, str, str]:
-        node, side = self.nodes[key[0]], key[1]
-        kind = self._kind(node)
-        name = self.paths.get(id(node.module), "")
-        if kind == "parameter":
-            name = self.parameters[id(node.module)]
-        elif node.grad_fn in self.outputs and (kind == "operation" or self._side(node, side) != "in"):
-            return ("output", name, "")
-        elif kind == "operation":
+    def _raw(self, keys: tuple[Key, ...], units: list[dict[Key, list[int]]]) -> dict[str, Any]:
+        """One group as plain data: its entries in layers and bare parameters, and what speaks against a cut."""
+        entries: list[list[Any]] = []
+        flags: list[list[str]] = []
+        for key in keys:
+            if key == _LOST:
+                flags.append(["lost", ""])
+                continue
+            node, kind = self.nodes[key[0]], self._kind(self.nodes[key[0]])
+            flags.extend(self._flags(key))
+            size, index = self.size[key], [unit[key] for unit in units]
+            if size is not None and any(max(row) >= size for row in index):
+                flags.append(["range", self._name(node)])
+            elif kind == "layer":
+                entries.append([kind, self._name(node), self._side(node, key[1]), index])
+            elif kind == "parameter":
+                entries.append([kind, self._name(node), node.pruning_dim, index])
+        return {"units": len(units), "entries": entries, "flags": flags}
+
+    def _name(self, node: Any) -> str:
+        return self.paths.get(id(node.module)) or self.parameters.get(id(node.module), "")
+
+    def _flags(self, key: Key) -> list[list[str]]:
+        node, kind = self.nodes[key[0]], self._kind(self.nodes[key[0]])
+        flags: list[list[str]] = []
+        if node.grad_fn in self.outputs and (kind != "layer" or self._side(node, key[1]) != "in"):
+            flags.append(["output", self._name(node)])
+        if kind == "input":
+            flags.append(["input", ""])
+        if kind == "operation":
             operation = type(node.grad_fn).__name__
-            mixing = next((what for part, what in _MIXING.items() if part in operation), None)
-            return ("mixing", mixing, "") if mixing else ("operation", operation, "")
-        size = self.size[key]
-        if size is not None and any(max(unit[key]) >= size for unit in members):
-            return ("range", name, "")
-        return (kind, name, self._side(node, side) if kind == "layer" else str(node.pruning_dim))
+            flags.extend(["mixing", what] for part, what in _MIXING.items() if part in operation)
+        return flags
 
 
 def _mapped(mappings: Sequence[Any], entries: Ints, other: Key) -> tuple[Ints, Key, Ints]:

@@ -60,12 +60,10 @@ def build_model(
     builder, arguments = resolve_builder(name, num_classes, in_shape, kwargs, allow_code=allow_code)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed every accelerator, which fork_rng does not put back here.
-        torch.random.default_generator.manual_seed(keyed_seed(seed, "init"))
+        torch.default_generator.manual_seed(keyed_seed(seed, "init"))
         model = load_attribute(builder)(**arguments)
     if not isinstance(model, torch.nn.Module):
-        raise UsageError(
-            f'model "{name}": {builder} returned {type(model).__name__}, expected a torch.nn.Module'
-        )
+        raise UsageError(f'model "{name}": {builder} returned {type(model).__name__}, expected a torch.nn.Module')
     return model
 
 

@@ -44,21 +44,11 @@ _ENTRIES = (
     ),
     ModelInfo("dropnet_a", f"{_ROOM}.small:dropnet_a", "DropNet Model A: 784-40-40-10", _MNIST, 10),
     ModelInfo("dropnet_b", f"{_ROOM}.small:dropnet_b", "DropNet Model B: 2 convolutions of 64", _MNIST, 10),
-    ModelInfo(
-        "dropnet_c", f"{_ROOM}.small:dropnet_c", "DropNet Model C: 64-64-128-128, dense 256", _CIFAR, 10
-    ),
-    ModelInfo(
-        "thesis_cnn", f"{_ROOM}.small:thesis_cnn", "64-128-256 and dense 512, no BatchNorm", (3, 128, 128), 10
-    ),
-    ModelInfo(
-        "resnet20", f"{_ROOM}.resnet_cifar:resnet20", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10
-    ),
-    ModelInfo(
-        "resnet32", f"{_ROOM}.resnet_cifar:resnet32", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10
-    ),
-    ModelInfo(
-        "resnet56", f"{_ROOM}.resnet_cifar:resnet56", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10
-    ),
+    ModelInfo("dropnet_c", f"{_ROOM}.small:dropnet_c", "DropNet Model C: 64-64-128-128, dense 256", _CIFAR, 10),
+    ModelInfo("thesis_cnn", f"{_ROOM}.small:thesis_cnn", "64-128-256 and dense 512, no BatchNorm", (3, 128, 128), 10),
+    ModelInfo("resnet20", f"{_ROOM}.resnet_cifar:resnet20", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10),
+    ModelInfo("resnet32", f"{_ROOM}.resnet_cifar:resnet32", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10),
+    ModelInfo("resnet56", f"{_ROOM}.resnet_cifar:resnet56", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10),
     ModelInfo(
         "td_resnet32",
         f"{_ROOM}.resnet_cifar:td_resnet32",
@@ -66,30 +56,14 @@ _ENTRIES = (
         _CIFAR,
         10,
     ),
-    ModelInfo(
-        "vgg11", f"{_ROOM}.vgg:vgg11", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10
-    ),
-    ModelInfo(
-        "vgg13", f"{_ROOM}.vgg:vgg13", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10
-    ),
-    ModelInfo(
-        "vgg16", f"{_ROOM}.vgg:vgg16", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10
-    ),
-    ModelInfo(
-        "ddrop_resnet18", f"{_ROOM}.ddrop:ddrop_resnet18", "DDROP's narrow ResNet-18 (8-16-32-64)", _CIFAR, 10
-    ),
-    ModelInfo(
-        "ddrop_resnet34", f"{_ROOM}.ddrop:ddrop_resnet34", "DDROP's narrow ResNet-34 (8-16-32-64)", _CIFAR, 10
-    ),
-    ModelInfo(
-        "ddrop_resnet50", f"{_ROOM}.ddrop:ddrop_resnet50", "DDROP's narrow ResNet-50 (8-16-32-64)", _CIFAR, 10
-    ),
-    ModelInfo(
-        "ddrop_vgg11", f"{_ROOM}.vgg:ddrop_vgg11", "DDROP's VGG-11, dense 512-512 with LayerNorm", _CIFAR, 10
-    ),
-    ModelInfo(
-        "ddrop_vgg13", f"{_ROOM}.vgg:ddrop_vgg13", "DDROP's VGG-13, dense 512-512 with LayerNorm", _CIFAR, 10
-    ),
+    ModelInfo("vgg11", f"{_ROOM}.vgg:vgg11", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10),
+    ModelInfo("vgg13", f"{_ROOM}.vgg:vgg13", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10),
+    ModelInfo("vgg16", f"{_ROOM}.vgg:vgg16", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10),
+    ModelInfo("ddrop_resnet18", f"{_ROOM}.ddrop:ddrop_resnet18", "DDROP's narrow ResNet-18 (8-16-32-64)", _CIFAR, 10),
+    ModelInfo("ddrop_resnet34", f"{_ROOM}.ddrop:ddrop_resnet34", "DDROP's narrow ResNet-34 (8-16-32-64)", _CIFAR, 10),
+    ModelInfo("ddrop_resnet50", f"{_ROOM}.ddrop:ddrop_resnet50", "DDROP's narrow ResNet-50 (8-16-32-64)", _CIFAR, 10),
+    ModelInfo("ddrop_vgg11", f"{_ROOM}.vgg:ddrop_vgg11", "DDROP's VGG-11, dense 512-512 with LayerNorm", _CIFAR, 10),
+    ModelInfo("ddrop_vgg13", f"{_ROOM}.vgg:ddrop_vgg13", "DDROP's VGG-13, dense 512-512 with LayerNorm", _CIFAR, 10),
     ModelInfo(
         "ddrop_vit_b_16",
         f"{_ROOM}.ddrop:ddrop_vit_b_16",

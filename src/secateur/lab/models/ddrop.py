@@ -183,9 +183,7 @@ def ddrop_swin_t(num_classes: int, in_shape: Sequence[int]) -> nn.Module:
 
 def _check_rgb(network: str, in_shape: Sequence[int]) -> None:
     if in_shape[0] != 3:
-        raise UsageError(
-            f'model "{network}": got {in_shape[0]} channels, expected 3 (RGB); repeat the channel'
-        )
+        raise UsageError(f'model "{network}": got {in_shape[0]} channels, expected 3 (RGB); repeat the channel')
 
 
 def _scale_features(model: nn.Module) -> nn.Module:
@@ -200,5 +198,5 @@ def _scale_features(model: nn.Module) -> nn.Module:
         for position, (name, child) in enumerate(children):
             mlp.add_module(name, child)
             if position == 0:
-                mlp.add_module("scale", FeatureScale(child.out_features))  # type: ignore[arg-type]
+                mlp.add_module("scale", FeatureScale(child.out_features))
     return model

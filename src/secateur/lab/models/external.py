@@ -17,9 +17,7 @@ __all__ = ["external_arguments", "timm_model", "torchvision_model"]
 _OURS = ("weights", "weights_backbone", "progress", "pretrained", "pretrained_backbone", "pretrained_cfg")
 
 
-def external_arguments(
-    family: str, name: str, task: Mapping[str, Any], given: Mapping[str, Any]
-) -> dict[str, Any]:
+def external_arguments(family: str, name: str, task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that `torchvision:name` or `timm:name` is called with: checked, and fitted to the images.
 
     Raises:
@@ -48,38 +46,35 @@ def external_arguments(
     fitted: dict[str, Any] = {"num_classes": task["num_classes"]} if "num_classes" in valid else {}
     if "image_size" in valid and "image_size" not in given:
         if height != width:
-            raise UsageError(
-                f'model "{full}": got {height}x{width} images, expected square ones; resize them'
-            )
+            raise UsageError(f'model "{full}": got {height}x{width} images, expected square ones; resize them')
         fitted["image_size"] = height
     return {**fitted, **given}
 
 
-def torchvision_model(
-    name: str, num_classes: int, in_shape: Sequence[int], kwargs: Mapping[str, Any]
-) -> nn.Module:
+def torchvision_model(name: str, num_classes: int, in_shape: Sequence[int], kwargs: Mapping[str, Any]) -> nn.Module:
     """torchvision's network `name`, called with `kwargs` as `external_arguments` gave them."""
     from torchvision import models
 
     builder = models.get_model_builder(name)
-    untrained = {
-        key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters
-    }
-    return _call(f"torchvision:{name}", builder, {**untrained, **kwargs})
+    untrained = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
+    valid = [key for key in _torchvision_arguments(name) if key not in _OURS]
+    return _call(f"torchvision:{name}", builder, {**untrained, **kwargs}, valid)
 
 
 def timm_model(name: str, num_classes: int, in_shape: Sequence[int], kwargs: Mapping[str, Any]) -> nn.Module:
     """timm's network `name`, called with `kwargs` as `external_arguments` gave them."""
     arguments = {"model_name": name, "pretrained": False, "num_classes": num_classes, "in_chans": in_shape[0]}
-    return _call(f"timm:{name}", _timm().create_model, {**arguments, **kwargs})
+    timm = _timm()
+    valid = [key for key in _class_arguments(timm.model_entrypoint(name)) if key not in (*_OURS, "in_chans")]
+    return _call(f"timm:{name}", timm.create_model, {**arguments, **kwargs}, valid)
 
 
-def _call(full: str, builder: Any, arguments: Mapping[str, Any]) -> nn.Module:
+def _call(full: str, builder: Any, arguments: Mapping[str, Any], valid: Sequence[str]) -> nn.Module:
     try:
         return builder(**arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(
-            f'model "{full}" cannot be built: {error}; see its arguments in the library'
+            f'model "{full}" cannot be built: {error}; its arguments: {", ".join(valid) or "see the library"}'
         ) from error
 
 
@@ -89,9 +84,7 @@ def _torchvision_arguments(name: str) -> list[str]:
 
     known = models.list_models()
     if name not in known:
-        raise UnknownNameError(
-            "torchvision model", f"torchvision:{name}", [f"torchvision:{n}" for n in known]
-        )
+        raise UnknownNameError("torchvision model", f"torchvision:{name}", [f"torchvision:{n}" for n in known])
     builder = models.get_model_builder(name)
     own = [p.name for p in inspect.signature(builder).parameters.values() if p.kind is not p.VAR_KEYWORD]
     return list(dict.fromkeys([*own, *_class_arguments(builder)]))

@@ -37,9 +37,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, bias: bool = False) -> n
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
 
 
-def check_widths(
-    network: str, argument: str, widths: Sequence[int], count: int | None = None
-) -> tuple[int, ...]:
+def check_widths(network: str, argument: str, widths: Sequence[int], count: int | None = None) -> tuple[int, ...]:
     """`widths` as a tuple, if they are positive integers, `count` of them; `UsageError` otherwise."""
     if isinstance(widths, str) or not isinstance(widths, Sequence):
         raise UsageError(f'model "{network}": {argument} got {widths!r}, expected a list of integers')

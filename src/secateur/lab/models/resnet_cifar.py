@@ -171,9 +171,7 @@ def resnet56(num_classes: int, in_shape: Sequence[int], widths: Sequence[int] = 
     return _thin("resnet56", 9, num_classes, in_shape, widths)
 
 
-def _thin(
-    network: str, blocks: int, num_classes: int, in_shape: Sequence[int], widths: Sequence[int]
-) -> nn.Module:
+def _thin(network: str, blocks: int, num_classes: int, in_shape: Sequence[int], widths: Sequence[int]) -> nn.Module:
     widths = check_widths(network, "widths", widths, count=3)
     if list(widths) != sorted(widths):
         raise UsageError(

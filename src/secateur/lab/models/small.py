@@ -73,9 +73,7 @@ def dropnet_b(num_classes: int, in_shape: Sequence[int], widths: Sequence[int] =
 
     Reference: Tan and Motani, DropNet (ICML 2020), section 5.
     """
-    return _plain(
-        "dropnet_b", num_classes, in_shape, check_widths("dropnet_b", "widths", widths, count=2), None
-    )
+    return _plain("dropnet_b", num_classes, in_shape, check_widths("dropnet_b", "widths", widths, count=2), None)
 
 
 def dropnet_c(

@@ -41,9 +41,7 @@ def facts(final: Final) -> list[Fact]:
     for item in final.exports or []:
         value, bad = _difference(item.max_abs_diff, item.tolerance)
         place = f"{item.path}, " if item.path else ""
-        found.append(
-            Fact(f"Export, {item.format}", f"{place}{sized(item.bytes)}; from the source: {value}", bad)
-        )
+        found.append(Fact(f"Export, {item.format}", f"{place}{sized(item.bytes)}; from the source: {value}", bad))
     if not final.exports:
         found.append(Fact("Export", NOT_MEASURED))
     if file is None:
@@ -94,9 +92,7 @@ def _latencies(latency: LatencyChange | None) -> list[tuple[str, Latency | None]
 def _latency(value: Latency | None) -> str:
     if value is None:
         return NOT_MEASURED
-    ends = (
-        "" if value.low_ms is None or value.high_ms is None else f" ({value.low_ms:.3g}..{value.high_ms:.3g})"
-    )
+    ends = "" if value.low_ms is None or value.high_ms is None else f" ({value.low_ms:.3g}..{value.high_ms:.3g})"
     return f"{value.median_ms:.3g} ms{ends}, {value.where}"
 
 

@@ -73,7 +73,7 @@ class Picture:
     png: bytes
 
     def inline(self) -> str:
-        """The SVG for a page: no size of its own, page's colors, ids that do not clash with other figures'."""
+        """The SVG for a page: no size of its own, the page's colors, ids that no other figure has."""
         body = self.svg[self.svg.index("<svg") :]
         body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
         body = re.sub(r' (?:width|height)="[\d.]+pt"', "", body, count=2)
@@ -101,7 +101,7 @@ def draw_figure(name: str, title: str, draw: Callable[[Axes], None], caption: st
     from matplotlib.figure import Figure
 
     with rc_context(_RC), warnings.catch_warnings():
-        # A label in a script that the font lacks is drawn as boxes in the PNG; the SVG and the tables have it.
+        # What the font lacks is drawn as boxes in the PNG; the SVG and the tables have it.
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         figure = Figure(figsize=_SIZE, layout="constrained")
         FigureCanvasAgg(figure)

@@ -26,6 +26,7 @@ __all__ = ["Line", "Style", "accuracy", "curves", "latency", "limits", "lines", 
 _MARKERS = ("o", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _CONTROL_DASH = (0, (3.5, 2))
+_RING: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.2}
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,7 @@ def lines(result: Result, panel: Panel) -> list[Line]:
         style, again = known[arm.method], seen[arm.method]
         seen[arm.method] += 1
         if again:
-            marker = (
-                _MARKERS[(_MARKERS.index(style.marker) + again) % 7]
-                if style.marker != "s"
-                else _MARKERS[-again]
-            )
+            marker = _MARKERS[(_MARKERS.index(style.marker) + again) % 7] if style.marker != "s" else _MARKERS[-again]
             style = Style(style.color, marker, _DASHES[again % 4])
         found.append(Line(arm, arm.label, style))
     return found
@@ -148,24 +145,16 @@ def _latency(name: str, title: str, drawn: Sequence[Line], chance: float | None,
                     reach.append((max(center - low, 0.0), max(high - center, 0.0)))
             if tried:
                 _bars(axes, line, centers, tried, reach)
-                for at in {0, len(tried) - 1}:
-                    share = 100 * _mean(line.arm, tried[at])
-                    axes.annotate(
-                        level(tried[at]),
-                        (centers[at], share),
-                        xytext=(4, 5),
-                        textcoords="offset points",
-                        fontsize=8.5,
-                        color=line.style.color,
-                    )
+                # A ring around the first point tells the direction of the line.
+                axes.plot(centers[:1], [100 * _mean(line.arm, tried[0])], "o", color=line.style.color, **_RING)
         _chance(axes, chance)
         axes.set_xlim(left=0)
         axes.set_xlabel("latency, ms (median)")
         axes.set_ylabel("top-1, %")
 
     caption = (
-        f"Measured on {place}. Each point is one sparsity, the first and last are named; horizontal bars span the "
-        "95 % intervals of all seeds, vertical bars are 95 % intervals over seeds."
+        f"Measured on {place}. Lines join the sparsities in ascending order, from the ringed point on. Horizontal "
+        "bars span the 95 % intervals of all seeds, vertical bars are 95 % intervals over seeds."
     )
     return draw_figure(name, title, draw, caption, f"Accuracy against measured latency on {place}, {title}")
 
@@ -194,9 +183,7 @@ def _curve(
             if not runs:
                 continue
             for run in runs if len(runs) > 1 else []:
-                axes.plot(
-                    list(run), [scale * y for y in run.values()], color=style.color, alpha=0.3, linewidth=0.8
-                )
+                axes.plot(list(run), [scale * y for y in run.values()], color=style.color, alpha=0.3, linewidth=0.8)
             shared = sorted(set.intersection(*(set(run) for run in runs)))
             means = [scale * sum(run[epoch] for run in runs) / len(runs) for epoch in shared]
             few = style.marker if len(shared) <= 12 else ""
@@ -206,9 +193,7 @@ def _curve(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     title = what.removesuffix(", %")
-    return _figure(
-        name, f"{title} while training", draw, "Mean over seeds; each seed faint.", f"{title} by epoch"
-    )
+    return draw_figure(name, f"{title} while training", draw, "Mean over seeds; each seed faint.", f"{title} by epoch")
 
 
 def _series(training: Training, key: str) -> dict[int, float]:
@@ -250,9 +235,7 @@ def _methods(drawn: Sequence[Line]) -> list[str]:
     found: dict[str, None] = {}
     for line in drawn:
         for sparsity in line.arm.points:
-            found[mean_interval(list(line.arm.top1(sparsity).values()), line.arm.count(sparsity)).method] = (
-                None
-            )
+            found[mean_interval(list(line.arm.top1(sparsity).values()), line.arm.count(sparsity)).method] = None
     return list(found)
 
 

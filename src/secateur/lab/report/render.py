@@ -59,9 +59,7 @@ def write_report(results: Sequence[Mapping[str, Any]], out_dir: Path | str) -> P
         comparison=comparison,
         colors=COLORS,
     )
-    judged = [
-        (name, result, run["verdict"].comparisons) for (name, result), run in zip(named, runs, strict=True)
-    ]
+    judged = [(name, result, run["verdict"].comparisons) for (name, result), run in zip(named, runs, strict=True)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,23 +83,19 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     checked = read_result(result)
     verdict = judge(checked)
     lines = [verdict.headline, verdict.detail]
-    for section in verdict.sections:
+    for section in (item for item in verdict.sections if item.brief):
         lines += ["", section.title, *(f"  {line}" for line in section.lines)]
     final = checked.final
     lines.append("")
     if final is None:
         return [*lines, f"Final network: {NOT_MEASURED}"]
     seed = "" if final.seed is None else f", seed {final.seed}"
-    lines.append(
-        f"Final network: {final.method}{seed}, cut by {final.granularity or 'granularity not recorded'}"
-    )
+    lines.append(f"Final network: {final.method}{seed}, cut by {final.granularity or 'granularity not recorded'}")
     lines += [f"  {line}" for line in asked_lines(final)]
     lines.append(f"  Proof of the cut: {proof(final.verify)[0]}")
     lines += [f"  {fact.name}: {fact.value}" for fact in facts(final) if fact.name.startswith("Top-1")]
     lines.append(f"  Latency, dense / cut: {latency_ratio(final.latency)}")
-    lines += [
-        f"  {fact.name}: {fact.value}" for fact in facts(final) if fact.name.startswith(("Export", "File"))
-    ]
+    lines += [f"  {fact.name}: {fact.value}" for fact in facts(final) if fact.name.startswith(("Export", "File"))]
     return lines
 
 
@@ -203,9 +197,7 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     source = resources.files("secateur.lab.report").joinpath("template.html").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source)
 
 
@@ -220,6 +212,4 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _storage(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"report: cannot write {path}: {error.strerror or error}; choose a writable folder with space"
-    )
+    return StorageError(f"report: cannot write {path}: {error.strerror or error}; choose a writable folder with space")

@@ -61,12 +61,10 @@ def between(named: Sequence[tuple[str, Result]]) -> tuple[Table | None, str]:
                         skipped += 1
                         continue
                     found.append((name, panel, arm, sparsity, paired_difference(a, b, count=count)))
-    note = (
-        f"Each run minus {first_name}, paired by seed; Holm-corrected over {many(len(found), 'comparison')}."
-    )
+    note = f"Each run minus {first_name}, paired by seed; Holm-corrected over {many(len(found), 'comparison')}."
     note += " It assumes that both runs used the same test images."
     if skipped:
-        note += f" Not compared: {many(skipped, 'point')} without a shared seed or with test sets of unequal size."
+        note += f" Not compared: {many(skipped, 'point')} without a shared seed or with unequal test sets."
     if not found:
         return None, f"Nothing to pair with {first_name}: no shared method, sparsity, seed and test-set size."
     adjusted = holm([1.0 if item[4].p is None else item[4].p for item in found])

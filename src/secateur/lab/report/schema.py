@@ -84,9 +84,7 @@ class Row(_Part):
         if self.correct is not None and self.count is not None:
             share = self.correct / self.count
             if self.correct > self.count or abs(share - self.top1) > 1e-3:
-                raise ValueError(
-                    f"top1 is {self.top1:g}, but correct / count is {self.correct} / {self.count}"
-                )
+                raise ValueError(f"top1 is {self.top1:g}, but correct / count is {self.correct} / {self.count}")
         return self
 
 
@@ -256,9 +254,7 @@ def read_result(raw: Mapping[str, Any]) -> Result:
         CheckpointError: one line with the run, the key path, what was got and what was expected.
     """
     if not isinstance(raw, Mapping):
-        raise CheckpointError(
-            f"result: got {type(raw).__name__}, expected a JSON object; make the report again"
-        )
+        raise CheckpointError(f"result: got {type(raw).__name__}, expected a JSON object; make the report again")
     name = raw.get("name", "?")
     if raw.get("schema") != SCHEMA:
         raise CheckpointError(
@@ -293,8 +289,8 @@ def _check_names(result: Result) -> None:
         key = (row.method, row.seed, row.granularity, row.criterion, row.scope, sparsity, row.fine_tuned)
         if key in seen:
             raise CheckpointError(
-                f"{where}: same method, seed, granularity, criterion, scope and sparsity as rows[{seen[key]}]; "
-                "two measurements of one thing cannot be paired, keep one"
+                f"{where}: same method, seed, granularity, criterion, scope and sparsity as "
+                f"rows[{seen[key]}]; two measurements of one thing cannot be paired, keep one"
             )
         seen[key] = index
 

@@ -128,9 +128,7 @@ def densities(panel: Panel) -> list[Heat]:
     for arm in panel.arms:
         levels = [s for s in sorted(arm.points) if any(row.layers for row in arm.points[s].values())]
         names = list(
-            dict.fromkeys(
-                layer.name for s in levels for row in arm.points[s].values() for layer in row.layers or []
-            )
+            dict.fromkeys(layer.name for s in levels for row in arm.points[s].values() for layer in row.layers or [])
         )
         if names:
             table = {sparsity: _density(arm, sparsity) for sparsity in levels}
@@ -140,7 +138,7 @@ def densities(panel: Panel) -> list[Heat]:
 
 
 def csv_text(results: Sequence[tuple[str, Result, Sequence[Comparison]]]) -> str:
-    """One line a run, arm and sparsity: means, intervals, the comparison with the control; empty = not measured."""
+    """One line a run, arm and sparsity: means, intervals, comparison with the control; empty = not measured."""
     head = [
         *(
             "run",

@@ -86,10 +86,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Section:
-    """A title and its sentences."""
+    """A title and its sentences; `brief` sections are those a terminal prints too."""
 
     title: str
     lines: tuple[str, ...]
+    brief: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,10 @@ def judge(result: Result) -> Verdict:
     sections = [_before(result)]
     for panel in result.panels:
         lines = [_picked([c for c in comparisons if c.panel is panel and c.arm is arm]) for arm in panel.arms]
-        reach = [_reach(result, arm) for arm in panel.arms]
-        sections.append(Section(_capital(panel.title), tuple(line for line in [*lines, *reach] if line)))
+        sections.append(Section(_capital(panel.title), tuple(filter(None, lines)), brief=True))
+    for panel in result.panels:
+        lines = [_reach(result, arm) for arm in panel.arms]
+        sections.append(Section(f"Within 1 point of dense, {panel.title}", tuple(filter(None, lines))))
     return Verdict(headline, detail, tuple(item for item in sections if item.lines), tuple(comparisons))
 
 
@@ -181,7 +184,7 @@ def _headline(result: Result, comparisons: Sequence[Comparison]) -> tuple[str, s
         detail = f"Picked as the {of}; Holm-corrected over all of them, {_p_text(best.all)}."
         if worst is not None:
             detail += f" The largest loss: {_where(worst)}, {_p_text(worst.all)}."
-        return f"{_capital(_where(best))}.", detail
+        return f"{_where(best)}.", detail
     if worst is not None:
         return (
             f"No method is shown to keep more than {worst.against}; {_where(worst)}.",
@@ -193,7 +196,8 @@ def _headline(result: Result, comparisons: Sequence[Comparison]) -> tuple[str, s
         detail += " The interval is before correction."
     own = [item for item in comparisons if item.resolved]
     if own:
-        detail += f" Corrected over one method's own sparsities only, {many(len(own), 'comparison')} would be resolved."
+        would = f"{many(len(own), 'comparison')} would be resolved"
+        detail += f" Corrected over one method's own sparsities only, {would}."
     return f"{_capital(_where(top, settled=False))}.", detail
 
 
@@ -208,9 +212,10 @@ def _picked(own: Sequence[Comparison]) -> str:
     resolved = [item for item in own if item.resolved]
     top = max(resolved or own, key=lambda item: abs(item.interval.mean))
     of = f"largest of {many(top.sparsities, 'sparsity', 'sparsities')}"
-    sentence = f"{_capital(top.sentence())}; {of}, Holm-corrected over them, {_p_text(top.own)}"
+    said = top.sentence() if top.resolved else f"{top.name}: {top.sentence()}"
+    sentence = f"{said}; {of}, Holm-corrected over them, {_p_text(top.own)}"
     if top.interval.n == 1:
-        return f"{_capital(top.sentence())}; {of}."
+        return f"{said}; {of}."
     if resolved:
         return f"{sentence}; resolved at {len(resolved)} of {top.sparsities}."
     return sentence + (" (the interval is before correction)." if top.interval.resolved else ".")
@@ -251,13 +256,10 @@ def _before(result: Result) -> Section:
 def _reach(result: Result, arm: Arm) -> str:
     """The highest sparsity up to which the arm stays within one point of the dense control."""
     base = arm.method if result.baseline is None else result.baseline.label
+    reference = "its unpruned self" if base == arm.method else f"unpruned {base}"
     dense = result.unpruned(base)
     within: tuple[float, Interval] | None = None
-    tried = [
-        sparsity
-        for sparsity in sorted(arm.points)
-        if sparsity > 0 and arm.top1(sparsity).keys() & dense.keys()
-    ]
+    tried = [sparsity for sparsity in sorted(arm.points) if sparsity > 0 and arm.top1(sparsity).keys() & dense.keys()]
     for sparsity in tried:
         got = paired_difference(arm.top1(sparsity), dense, count=arm.count(sparsity))
         if got.mean < -MARGIN:
@@ -266,14 +268,14 @@ def _reach(result: Result, arm: Arm) -> str:
     if not tried:
         return ""
     if within is None:
-        return f"{arm.label} is more than 1 point below dense {base} at {level(tried[0])} already."
+        return f"{arm.label} is more than 1 point below {reference} at {level(tried[0])} already."
     sparsity, got = within
     if got.low is None:
         sure = "not resolved: " + _uncertainty(got)
     else:
         sure = f"{_INTERVAL} {span(got)}" + ("" if got.low >= -MARGIN else ", so not certain")
     return (
-        f"{arm.label} stays within 1 point of dense {base} up to {level(sparsity)}: "
+        f"{arm.label} stays within 1 point of {reference} up to {level(sparsity)}: "
         f"{points(got.mean, signed=True)} points there ({sure})."
     )
 

@@ -1,0 +1,171 @@
+"""What a regularizer adds to a training step: ratio to the plain step (SGD with momentum).
+
+    python benchmarks/step_overhead.py [--rounds 15] [--compiled] [--json FILE]
+
+Beside ours, in-graph forms of the methods as they are usually written: a parametrization that sorts and draws
+inside autograd, and a BatchNorm hook that ranks and draws in every forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from _paired import Row, parser, ratios, report, steady, timed_rounds
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from secateur.core.duration import Progress
+from secateur.lab.models import build_model
+from secateur.regularizers.ddrop import DDrop
+from secateur.regularizers.dropout import Dropout
+from secateur.regularizers.targeted_dropout import TargetedDropout
+
+GAMMA, ALPHA = 0.75, 0.66
+PLAIN = "plain step"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its batch, how many steps make one run, and the goal of each method."""
+
+    name: str
+    model: nn.Module
+    batch: Tensor
+    steps: int
+    goals: dict[str, float]
+
+
+class SortedTargetedDropout(nn.Module):
+    """Weight-level Targeted Dropout inside the graph, by a full sort of every unit's weights."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.training:
+            return weight
+        size = weight.flatten(1).abs()
+        k = int(GAMMA * size.shape[1])
+        threshold = size.sort(dim=1).values[:, k - 1 : k]
+        dropped = (size <= threshold) & (torch.rand_like(size) < ALPHA)
+        return weight * (~dropped).reshape(weight.shape)
+
+
+class SortedTargetedUnitDropout(nn.Module):
+    """Unit-level Targeted Dropout inside the graph."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.training:
+            return weight
+        norm = weight.flatten(1).norm(dim=1)
+        k = int(GAMMA * norm.numel())
+        dropped = (norm <= norm.sort().values[k - 1]) & (torch.rand_like(norm) < ALPHA)
+        return weight * (~dropped).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def naive_weights(form: type[nn.Module]) -> Callable[[nn.Module], None]:
+    def attach(model: nn.Module) -> None:
+        for module in list(model.modules()):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                parametrize.register_parametrization(module, "weight", form())
+
+    return attach
+
+
+def naive_ddrop(model: nn.Module) -> None:
+    def drop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rank = module.weight.abs().argsort().argsort()
+        keep = 0.6 + 0.4 * rank / (rank.numel() - 1)
+        mask = torch.rand(output.shape[:2]) < keep
+        return output * mask[:, :, None, None]
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(drop)
+
+
+def ours() -> dict[str, object]:
+    return {
+        "targeted dropout, weight": TargetedDropout(GAMMA, ALPHA),
+        "targeted dropout, unit": TargetedDropout(GAMMA, ALPHA, granularity="unit"),
+        "dropout, weight": Dropout(0.5),
+        "dropout, unit": Dropout(0.5, granularity="unit"),
+        "ddrop": DDrop(l1=0.0),
+        "ddrop with L1": DDrop(),
+    }
+
+
+def naive() -> dict[str, Callable[[nn.Module], None]]:
+    return {
+        "naive targeted dropout, weight": naive_weights(SortedTargetedDropout),
+        "naive targeted dropout, unit": naive_weights(SortedTargetedUnitDropout),
+        "naive ddrop": naive_ddrop,
+    }
+
+
+def cases() -> list[Case]:
+    resnet = build_model("resnet20", num_classes=10, in_shape=(3, 32, 32))
+    for parameter in (m.weight for m in resnet.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(parameter)  # equal scales would be one large tie
+    mlp = build_model("mlp", num_classes=10, in_shape=(1, 28, 28), kwargs={"hidden": [512, 512]})
+    conv = dict.fromkeys(
+        ["targeted dropout, weight", "targeted dropout, unit", "dropout, weight", "dropout, unit", "ddrop"], 1.02
+    )
+    return [
+        Case("ResNet-20 b128 32x32", resnet, torch.randn(128, 3, 32, 32), 1, conv),
+        Case("MLP 784-512-512-10 b128", mlp, torch.randn(128, 1, 28, 28), 20, {"targeted dropout, weight": 1.45}),
+    ]
+
+
+def stepper(case: Case, method: object | None, compiled: bool) -> Callable[[], None]:
+    """A run of `case.steps` training steps on a private copy of the network."""
+    model = copy.deepcopy(case.model).train()
+    if callable(method):
+        method(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    labels = torch.arange(len(case.batch)) % 10
+    forward = torch.compile(model) if compiled else model
+    attached = method.attach(forward, seed=0) if method is not None and not callable(method) else None
+
+    def run() -> None:
+        for step in range(case.steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss = nn.functional.cross_entropy(forward(case.batch), labels)
+            if attached is not None:
+                loss = loss + attached.penalty()
+            loss.backward()
+            optimizer.step()
+            if attached is not None:
+                attached.after_step(Progress(step, 10**6, 1000))
+
+    return run
+
+
+def measure(case: Case, rounds: int, compiled: bool) -> list[Row]:
+    methods: dict[str, object | None] = {PLAIN: None, **ours(), **naive()}
+    if not any(isinstance(m, nn.BatchNorm2d) for m in case.model.modules()):
+        methods = {name: m for name, m in methods.items() if "ddrop" not in name}
+    runs = {name: stepper(case, method, compiled) for name, method in methods.items()}
+    times = timed_rounds(runs, rounds, warm=2)
+    return [
+        Row(case.name, name, median(t) / case.steps, *ratios(t, times[PLAIN]), goal=case.goals.get(name))
+        for name, t in times.items()
+    ]
+
+
+def main() -> None:
+    flags = parser(__doc__, rounds=15)
+    flags.add_argument("--compiled", action="store_true", help="everything under torch.compile, plain step included")
+    flags.add_argument("--case", default="", help="only cases whose name contains this")
+    asked = flags.parse_args()
+    steady()
+    rows = [
+        row for case in cases() if asked.case in case.name for row in measure(case, asked.rounds, asked.compiled)
+    ]
+    title = f"Training step, ratio to the plain step{' (both compiled)' if asked.compiled else ''}"
+    report(title, rows, asked.rounds, asked.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Commands that list what there is: methods, models, recipes, this installation."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli.console import errors_to_exit, out_json, table
+from secateur.errors import UnknownNameError
+
+__all__ = ["add_to", "method_rows"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register this file's commands."""
+    app.command()(methods)
+    app.command()(models)
+    app.command()(doctor)
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """Every criterion and regularizer with what its class declares; imports no torch."""
+    from secateur.criteria import CRITERIA
+    from secateur.regularizers import REGULARIZERS
+
+    rows = []
+    for registry, phase in ((REGULARIZERS, "train"), (CRITERIA, "score")):
+        for name in registry.names():
+            kind = registry.load(name)
+            rows.append(
+                {
+                    "name": name,
+                    "kind": registry.kind,
+                    "phase": phase,
+                    "needs": sorted(kind.needs) if phase == "score" else [kind.acts_on],
+                    "granularities": list(kind.granularities),
+                    "state": "none" if phase == "score" else kind.state,
+                    "cost": kind.cost,
+                    "paper": kind.paper,
+                    "summary": kind.summary,
+                }
+            )
+    return rows
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None, json_: Json = False
+) -> None:
+    """List criteria and regularizers, or explain one. Example: secateur methods targeted_dropout"""
+    with errors_to_exit(json_):
+        rows = method_rows()
+        if name is not None:
+            _explain(name, rows, json_)
+        elif json_:
+            out_json({"methods": rows})
+        else:
+            columns = ("name", "kind", "needs", "granularities", "state", "cost", "paper")
+            table("", columns, [[_cell(row[c]) for c in columns] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _explain(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
+    from secateur.criteria import CRITERIA
+    from secateur.regularizers import REGULARIZERS
+
+    row = next((r for r in rows if r["name"] == name), None)
+    if row is None:
+        raise UnknownNameError("method", name, [r["name"] for r in rows])
+    kind = (CRITERIA if row["kind"] == "criterion" else REGULARIZERS).load(name)
+    parameters = {f.name: repr(f.default) for f in fields(kind) if f.init}
+    if as_json:
+        out_json({**row, "parameters": parameters, "description": inspect.getdoc(kind)})
+        return
+    typer.echo(f"{name} ({row['kind']}): {row['summary']}\n")
+    typer.echo(inspect.getdoc(kind) or "")
+    typer.echo("\nIn a recipe: {name: " + name + "".join(f", {k}: {v}" for k, v in parameters.items()) + "}")
+
+
+def models(json_: Json = False) -> None:
+    """List the built-in networks; torchvision:NAME and timm:NAME work too."""
+    with errors_to_exit(json_):
+        from secateur.lab.models import CATALOG
+
+        rows = [
+            {
+                "name": name,
+                "summary": info.summary,
+                "in_shape": list(info.in_shape),
+                "num_classes": info.num_classes,
+            }
+            for name, info in CATALOG.items()
+        ]
+        if json_:
+            out_json({"models": rows})
+        else:
+            shown = [(r["name"], "x".join(map(str, r["in_shape"])), r["num_classes"], r["summary"]) for r in rows]
+            table("", ("name", "input", "classes", "summary"), shown)
+
+
+def doctor(json_: Json = False) -> None:
+    """Show versions, devices, extras and the data folder; start here when something is odd."""
+    with errors_to_exit(json_):
+        import os
+        import platform
+
+        import torch
+
+        from secateur.analysis.latency import device_name
+        from secateur.lab.provenance import PACKAGES, installed
+
+        extras = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "timm": ("timm",)}
+        found = {
+            "python": platform.python_version(),
+            "packages": {name: installed(name) for name in PACKAGES},
+            "devices": [device_name("cpu"), *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
+            "threads": torch.get_num_threads(),
+            "extras": {extra: all(installed(p) for p in needed) for extra, needed in extras.items()},
+            "data_dir": os.environ.get("SECATEUR_DATA_DIR"),
+        }
+        if json_:
+            out_json(found)
+            return
+        rows = [("python", found["python"])]
+        rows += [(name, v or "not installed") for name, v in found["packages"].items()]  # type: ignore[union-attr]
+        rows += [("device", d) for d in found["devices"]]  # type: ignore[union-attr]
+        rows += [("threads", str(found["threads"])), ("data folder", found["data_dir"] or "$SECATEUR_DATA_DIR not set")]  # type: ignore[list-item]
+        for extra, there in found["extras"].items():  # type: ignore[union-attr]
+            rows.append((f"extra [{extra}]", "ready" if there else f"pip install 'secateur[{extra}]'"))
+        table("", ("what", "found"), rows)

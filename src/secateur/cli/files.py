@@ -1,0 +1,170 @@
+"""Commands on what runs leave behind: runs, reports, pruned networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.cli.console import errors_to_exit, out_json, table
+from secateur.errors import CheckNotMetError, NoEffectError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["add_to"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
+AllowCode = Annotated[list[str], typer.Option("--allow-code", help="Module a builder may come from (repeatable).")]
+File = Annotated[Path, typer.Argument(help="A pruned network (.safetensors) that a run delivered.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register this file's commands."""
+    for command in (runs, report, verify, measure, export):
+        app.command()(command)
+
+
+def runs(
+    out: Annotated[Path, typer.Option("--out", help="Folder with runs.")] = Path("runs"), json_: Json = False
+) -> None:
+    """List the runs in a folder and whether they are complete."""
+    with errors_to_exit(json_):
+        from secateur.lab.run import list_runs
+
+        found = list_runs(out)
+        if json_:
+            out_json({"runs": found})
+        else:
+            columns = ("folder", "complete", "created", "rows", "wall_seconds")
+            table("", columns, [[r[c] for c in columns] for r in found])
+
+
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Run folders, or result.json files.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write [default: the run's report folder].")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write the HTML report of one run, or a comparison of several. Example: secateur report runs/demo-*"""
+    with errors_to_exit(json_):
+        from secateur.lab.report import write_report
+        from secateur.lab.store import read_json
+
+        results = [read_json(path / "result.json" if path.is_dir() else path) for path in run]
+        if out is None and len(run) > 1:
+            raise UsageError("several runs: say where the comparison goes with --out")
+        folder = out if out is not None else (run[0] if run[0].is_dir() else run[0].parent) / "report"
+        path = write_report(results, folder)
+        if json_:
+            out_json({"report": str(path)})
+        else:
+            typer.echo(str(path))
+
+
+def verify(file: File, allow_code: AllowCode = [], json_: Json = False) -> None:  # noqa: B006
+    """Rebuild a pruned network from its file alone and check its stored answer. Exits 5 if it differs."""
+    with errors_to_exit(json_):
+        from secateur.surgery.file import check_pruned
+
+        checked = check_pruned(file, allow_code=allow_code)
+        if json_:
+            out_json({"file": str(file), **checked.as_json()})
+        else:
+            typer.echo(
+                f"{file}: max |stored - reloaded| = {checked.max_abs_diff:.3g} (tolerance {checked.tolerance:.3g})"
+            )
+        if not checked.passed:
+            raise CheckNotMetError(f"{file}: the reloaded network does not give the stored answer; the file is damaged")
+
+
+def measure(
+    file: File,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Processor threads.")] = 1,
+    rounds: Annotated[int, typer.Option(min=6, help="Timed rounds, dense and pruned in turn.")] = 30,
+    allow_code: AllowCode = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Compare a pruned network with its dense self: parameters, MACs, bytes, latency, memory, as ratios."""
+    with errors_to_exit(json_):
+        import torch
+
+        from secateur.analysis.cost import compare_costs, measure_cost
+        from secateur.analysis.latency import latency_ratio, measure_latency
+        from secateur.analysis.memory import peak_memory
+
+        dense, pruned, example = _dense_and_pruned(file, allow_code)
+        costs = {"dense": measure_cost(dense, example), "pruned": measure_cost(pruned, example)}
+        times = measure_latency(
+            {"dense": dense, "pruned": pruned}, example, batch_size=batch_size, threads=threads, rounds=rounds
+        )
+        ratio = latency_ratio(times["dense"], times["pruned"])
+        batch = torch.cat([example] * batch_size)
+        memory = {name: peak_memory(m, batch).peak_bytes for name, m in (("dense", dense), ("pruned", pruned))}
+        if json_:
+            out_json(
+                {
+                    "costs": {
+                        n: {k: getattr(c, k) for k in ("params", "nonzero", "macs", "bytes")} for n, c in costs.items()
+                    },
+                    "ratios": compare_costs(costs["dense"], costs["pruned"]),
+                    "latency_ms": {n: [t.median_ms, t.low_ms, t.high_ms] for n, t in times.items()},
+                    "latency_ratio": {
+                        "median": ratio.median,
+                        "low": ratio.low,
+                        "high": ratio.high,
+                        "resolved": ratio.resolved,
+                    },
+                    "peak_memory_bytes": memory,
+                    "batch_size": batch_size,
+                    "threads": threads,
+                    "device": times["dense"].device,
+                }
+            )
+            return
+        rows: list[list[Any]] = [
+            [what, getattr(costs["dense"], key), getattr(costs["pruned"], key)]
+            for what, key in (("parameters", "params"), ("non-zero", "nonzero"), ("MACs", "macs"), ("bytes", "bytes"))
+        ]
+        rows.append(["peak memory, bytes", memory["dense"], memory["pruned"]])
+        for row in rows:
+            row.append(f"x{row[1] / row[2]:.2f}")
+        rows.append(["latency, ms", f"{times['dense'].median_ms:.3f}", f"{times['pruned'].median_ms:.3f}", str(ratio)])
+        title = f"{times['dense'].device}, {threads} thread(s), batch {batch_size}"
+        table(title, ("", "dense", "pruned", "dense / pruned"), rows)
+
+
+def export(
+    file: File,
+    format_: Annotated[str, typer.Option("--format", help="onnx or torch.")] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: beside the source].")] = None,
+    allow_code: AllowCode = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Export a pruned network and compare the export with its source numerically."""
+    with errors_to_exit(json_):
+        from secateur.lab.export import export_onnx, export_torch
+
+        if format_ not in ("onnx", "torch"):
+            raise UsageError(f'--format "{format_}": expected onnx or torch')
+        _, pruned, example = _dense_and_pruned(file, allow_code)
+        target = out or file.with_suffix(".onnx" if format_ == "onnx" else ".pt2")
+        if target.resolve() == file.resolve():
+            raise NoEffectError(f"{target}: the export would overwrite its source; give another --out")
+        done = (export_onnx if format_ == "onnx" else export_torch)(pruned, example, target)
+        if json_:
+            out_json(
+                {"format": done.format, "path": str(done.path), "bytes": done.bytes, "max_abs_diff": done.max_abs_diff}
+            )
+        else:
+            typer.echo(str(done))
+
+
+def _dense_and_pruned(file: Path, allow_code: list[str]) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The network before and after its plan, and one random input of the stored shape."""
+    from secateur.surgery.file import example_input, load_dense, load_pruned
+
+    return load_dense(file, allow_code=allow_code), load_pruned(file, allow_code=allow_code), example_input(file)

@@ -1,0 +1,227 @@
+"""The commands. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur._version import __version__
+from secateur.cli import catalog, files
+from secateur.cli.console import errors_to_exit, human, listening, out_json, table
+from secateur.errors import CheckNotMetError, UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="secateur",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train networks to be pruned, prune them, cut them for real, and prove the cut exact.",
+    epilog=(
+        "Exit codes: 0 done; 1 the run failed; 2 wrong usage or recipe; 3 an extra or a device is missing; "
+        "5 a check was not met; 130 interrupted, state saved."
+    ),
+)
+catalog.add_to(app)
+files.add_to(app)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for runs and their stages.")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Folder with data sets [default: $SECATEUR_DATA_DIR].")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads [default: torch's choice].")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, only the result.")]
+Set = Annotated[list[str], typer.Option("--set", help="Override a recipe key: train.duration=5ep (repeatable).")]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds instead of the recipe's: 0-4 or 0,2,5.")]
+AllowCode = Annotated[
+    list[str], typer.Option("--allow-code", help="Module that python:module:name entries may run (repeatable).")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs"),
+    set_: Set = [],  # noqa: B006 (typer reads the default, nothing changes it)
+    threads: Threads = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Train, prune, cut, prove, export and report on the scanned digits: two minutes, no download.
+
+    Five ways of training, three paired seeds, pruned by weight and by unit. Example: secateur demo
+    """
+    _run("demo", set_, None, out, None, False, "cpu", threads, True, [], quiet, json_, None)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    set_: Set = [],  # noqa: B006
+    seeds: Seeds = None,
+    out: Out = Path("runs"),
+    data_dir: DataDir = None,
+    download: Annotated[bool, typer.Option("--download", help="Let data sets download themselves.")] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Annotated[bool, typer.Option(help="Use finished stages and checkpoints; or do them again.")] = True,
+    dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="Show the resolved recipe and its stages.")] = False,
+    allow_code: AllowCode = [],  # noqa: B006
+    fail_under: Annotated[
+        float | None, typer.Option("--fail-under", help="Exit 5 if the delivered network's accuracy is below this.")
+    ] = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Run a recipe; run it again to continue where it stopped.
+
+    Example: secateur run demo --set train.duration=4ep --seeds 0-4
+    """
+    if dry_run:
+        _dry_run(recipe, set_, seeds, out, data_dir, device, allow_code, json_)
+        return
+    _run(recipe, set_, seeds, out, data_dir, download, device, threads, resume, allow_code, quiet, json_, fail_under)
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    set_: Set = [],  # noqa: B006
+    seeds: Seeds = None,
+    allow_code: AllowCode = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Validate a recipe without running anything. Example: secateur check my.yaml"""
+    with errors_to_exit(json_):
+        loaded = _load(recipe, set_, seeds, allow_code)
+        counts = {
+            "trainings": len(loaded.methods) * len(loaded.seeds),
+            "rows": len(loaded.methods) * len(loaded.seeds) * sum(len(p.sparsities) for p in loaded.prune),
+        }
+        if json_:
+            out_json({"recipe": loaded.resolved(), "hash": loaded.hash, **counts})
+        else:
+            typer.echo(
+                f"{loaded.name} ({loaded.hash}) is valid: {counts['trainings']} trainings, {counts['rows']} pruned "
+                f"networks{', one delivered' if loaded.final else ''}"
+            )
+
+
+def _load(recipe: str, overrides: list[str], seeds: str | None, allow_code: list[str]):  # type: ignore[no-untyped-def]
+    from secateur.lab.recipe_file import load_recipe
+
+    extra = [f"seeds=[{', '.join(map(str, _parse_seeds(seeds)))}]"] if seeds is not None else []
+    return load_recipe(recipe, [*overrides, *extra], allow_code=allow_code)
+
+
+def _parse_seeds(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UsageError(f'--seeds "{text}": expected numbers like 0-4 or 0,2,5')
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _run(  # noqa: PLR0913
+    recipe: str,
+    overrides: list[str],
+    seeds: str | None,
+    out: Path,
+    data_dir: Path | None,
+    download: bool,
+    device: str,
+    threads: int | None,
+    resume: bool,
+    allow_code: list[str],
+    quiet: bool,
+    as_json: bool,
+    fail_under: float | None,
+) -> None:
+    with errors_to_exit(as_json):
+        loaded = _load(recipe, overrides, seeds, allow_code)
+        with listening(quiet or as_json) as listener:
+            listener.message(f"{loaded.name} ({loaded.hash})")
+            from secateur.lab.context import Options
+            from secateur.lab.report import summary_lines
+            from secateur.lab.run import run_recipe
+
+            _set_threads(threads)
+            options = Options(out, data_dir, download, device, resume, tuple(allow_code))
+            result = run_recipe(loaded, options, listener)
+        if as_json:
+            out_json(result)
+        else:
+            typer.echo("\n".join(summary_lines(result)))
+            typer.echo(f"report: {Path(result['folder']) / 'report' / 'report.html'}")
+        _check_accuracy(result, fail_under)
+
+
+def _check_accuracy(result: dict[str, object], fail_under: float | None) -> None:
+    if fail_under is None:
+        return
+    final = result["final"]
+    if not isinstance(final, dict):
+        raise UsageError("--fail-under: the recipe delivers no network; give it a final section")
+    reached = final["accuracy"].get("fine_tuned", final["accuracy"]["cut"])
+    if reached < fail_under:
+        raise CheckNotMetError(f"accuracy of the delivered network is {reached:.4f}, below --fail-under {fail_under:g}")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _dry_run(
+    recipe: str,
+    overrides: list[str],
+    seeds: str | None,
+    out: Path,
+    data_dir: Path | None,
+    device: str,
+    allow_code: list[str],
+    as_json: bool,
+) -> None:
+    with errors_to_exit(as_json):
+        loaded = _load(recipe, overrides, seeds, allow_code)
+        from secateur.lab.context import Options
+        from secateur.lab.run import plan_run, run_folder
+
+        options = Options(out, data_dir, device=device, allow_code=tuple(allow_code))
+        planned = plan_run(loaded, options)
+        if as_json:
+            stages = [{"title": p.title, "key": p.key, "done": p.done} for p in planned]
+            out_json({"recipe": loaded.resolved(), "folder": str(run_folder(loaded, options)), "stages": stages})
+            return
+        table(
+            f"{loaded.name} -> {run_folder(loaded, options)}",
+            ("stage", "key", "state"),
+            [(p.title, p.key, "done" if p.done else "to do") for p in planned],
+        )
+        human.print(f"{sum(p.done for p in planned)} of {len(planned)} stages are done already; nothing was run")
+
+
+def main() -> None:
+    """Entry point of `secateur` and `python -m secateur`."""
+    # Dependencies that would report home are told not to before they are imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    app()

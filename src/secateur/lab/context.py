@@ -1,0 +1,143 @@
+"""What all stages of one run share: recipe, data, device, store, and networks by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.core.groups import Groups
+from secateur.lab.data import Dataset, Loader, evaluation_batches, load_data
+from secateur.lab.evaluate import Evaluation, evaluate
+from secateur.lab.listener import Listener
+from secateur.lab.models import build_model, resolve_builder
+from secateur.lab.recipe import Recipe, TrainSpec
+from secateur.lab.runtime import Runtime
+from secateur.lab.store import Store
+from secateur.surgery.engine import trace_groups
+
+__all__ = ["Context", "Options"]
+
+_EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a recipe is run; nothing here changes its numbers on one machine.
+
+    Args:
+        out: output folder; runs and stages live below it.
+        data_dir: data folder; None: the environment variable `SECATEUR_DATA_DIR`.
+        download: let data sets download themselves.
+        device: `"auto"`, `"cpu"`, `"cuda"`.
+        resume: use finished stages and checkpoints; otherwise do this recipe's stages again.
+        allow_code: modules that `python:` names in the recipe may run code from.
+    """
+
+    out: Path = Path("runs")
+    data_dir: Path | None = None
+    download: bool = False
+    device: str = "auto"
+    resume: bool = True
+    allow_code: tuple[str, ...] = ()
+
+
+@dataclass
+class Context:
+    """Caches what several stages need; holds no results."""
+
+    recipe: Recipe
+    options: Options
+    listener: Listener = field(default_factory=Listener)
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.options.out / "stages")
+
+    @cached_property
+    def data(self) -> Dataset:
+        spec = self.recipe.data
+        return load_data(
+            spec.name,
+            data_dir=self.options.data_dir,
+            download=self.options.download,
+            validation=spec.validation,
+            subset=spec.subset,
+        )
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return Runtime(self.options.device, self.recipe.train.precision)
+
+    @cached_property
+    def builder(self) -> tuple[str, dict[str, Any]]:
+        """What rebuilds the network: `"module:function"` and its arguments."""
+        data, spec = self.data, self.recipe.model
+        return resolve_builder(
+            spec.name, data.num_classes, data.in_shape, spec.kwargs, allow_code=self.options.allow_code
+        )
+
+    def model(self, seed: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A network on the run's device: freshly initialized from `seed`, or with the given weights."""
+        data, spec = self.data, self.recipe.model
+        model = build_model(
+            spec.name,
+            num_classes=data.num_classes,
+            in_shape=data.in_shape,
+            kwargs=spec.kwargs,
+            seed=seed,
+            allow_code=self.options.allow_code,
+        )
+        if weights is not None:
+            model.load_state_dict(weights)
+        return model.to(self.runtime.device)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Dependency groups of the recipe's network; they depend on its shape, not on its weights."""
+        return trace_groups(self.model(0), self.example(1))
+
+    def example(self, count: int) -> Tensor:
+        """The first `count` test images as the network sees them, on the run's device."""
+        images, labels = self.data.test_images[:count], self.data.test_labels[:count]
+        ((inputs, _),) = evaluation_batches(images, labels, count, normalize=self.data.normalize)
+        return inputs.to(self.runtime.device)
+
+    def loader(self, spec: TrainSpec, seed: int) -> Loader:
+        """Training batches; a last batch of a single image is left out, because BatchNorm cannot use it."""
+        data = self.data
+        return Loader(
+            data.train_images,
+            data.train_labels,
+            spec.batch_size,
+            seed,
+            normalize=data.normalize,
+            augment=spec.augment,
+            drop_last=len(data.train_labels) % spec.batch_size == 1,
+        )
+
+    def training_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The whole training set once, in stored order, without augmentation, on the run's device."""
+        data = self.data
+        for batch in evaluation_batches(
+            data.train_images, data.train_labels, _EVALUATION_BATCH, normalize=data.normalize
+        ):
+            yield self.runtime.to_device(*batch)  # type: ignore[misc]
+
+    def test(self, model: nn.Module) -> Evaluation:
+        """Accuracy on the test set."""
+        return self._evaluate(model, self.data.test_images, self.data.test_labels)
+
+    def validate(self, model: nn.Module) -> Evaluation | None:
+        """Accuracy on the validation share of the training set; None if the recipe holds nothing out."""
+        if not len(self.data.validation_labels):
+            return None
+        return self._evaluate(model, self.data.validation_images, self.data.validation_labels)
+
+    def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> Evaluation:
+        batches = evaluation_batches(images, labels, _EVALUATION_BATCH, normalize=self.data.normalize)
+        return evaluate(model, batches, self.runtime)

@@ -1,0 +1,205 @@
+"""Reading recipe files: YAML 1.2, overrides, and errors that name file, line, key, got and expected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from secateur.errors import RecipeError, UnknownNameError, UsageError, nearest
+from secateur.lab.plugins import make_criterion, make_regularizer
+from secateur.lab.recipe import Recipe
+
+__all__ = ["load_recipe", "shipped_recipes", "write_recipe"]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with secateur, by name."""
+    folder = Path(str(files("secateur"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, allow_code: Collection[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        source: path of a YAML file, or the name of a shipped recipe.
+        overrides: `"key.path=value"` assignments; list entries by number (`methods.0.label=plain`); values are
+            read as YAML.
+        allow_code: modules that `python:` names in the recipe may come from.
+
+    Raises: `RecipeError` as `file:line: key path: got ...; expected ...`.
+    """
+    path = _find(source)
+    data = _parse(path)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(data).__name__}")
+    for text in overrides:
+        _override(data, text)
+    try:
+        recipe = Recipe.model_validate(_plain(data))
+    except ValidationError as error:
+        raise RecipeError(_explain(error, data, path)) from error
+    _check_plugins(recipe, data, path, allow_code)
+    return recipe
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    with path.open("w", encoding="utf-8") as stream:
+        yaml.dump(recipe.resolved(), stream)
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if str(source) in shipped:
+        return shipped[str(source)]
+    if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
+        raise RecipeError(f"{path}: no such recipe file")
+    raise UnknownNameError("recipe", str(source), shipped, "or give the path of a YAML file")
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return YAML().load(path.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def _override(data: Any, text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UsageError(f'--set "{text}": expected key.path=value')
+    *parents, last = key.split(".")
+    for part in parents:
+        data = _step_into(data, part, text)
+    parsed = YAML(typ="safe").load(value) if value else None
+    if isinstance(data, list):
+        data[_list_index(data, last, text)] = parsed
+    elif isinstance(data, dict):
+        data[last] = parsed
+    else:
+        raise UsageError(f'--set "{text}": "{".".join(parents)}" is a plain value and has no key "{last}"')
+
+
+def _step_into(data: Any, part: str, text: str) -> Any:
+    if isinstance(data, list):
+        return data[_list_index(data, part, text)]
+    if not isinstance(data, dict):
+        raise UsageError(f'--set "{text}": nothing to set below "{part}"')
+    if isinstance(data.get(part), str):
+        data[part] = {"name": data[part]}  # `criterion: magnitude` is short for `{name: magnitude}`
+    return data.setdefault(part, {})
+
+
+def _list_index(data: list[Any], part: str, text: str) -> int:
+    if not part.isdigit() or int(part) >= len(data):
+        raise UsageError(f'--set "{text}": "{part}" is no entry of a list of {len(data)} (numbered from 0)')
+    return int(part)
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(k): _plain(v) for k, v in data.items()}
+    if isinstance(data, list):
+        return [_plain(v) for v in data]
+    return data
+
+
+def _explain(error: ValidationError, data: Any, path: Path) -> str:
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    where = f"{path}:{_line(data, location)}: {_key_path(location) or 'recipe'}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = nearest(str(location[-1]), known)
+        hint = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    got = first.get("input")
+    shown = f", got {got!r}" if isinstance(got, str | int | float | bool | None) and first["type"] != "missing" else ""
+    if first["type"] == "value_error":
+        shown = ""
+    return f"{where}: {message[0].lower() + message[1:]}{shown}{more}"
+
+
+def _line(data: Any, location: Sequence[Any]) -> int:
+    """Line of the deepest part of `location` that the file itself holds."""
+    line = 1
+    for part in location:
+        try:
+            line = (data.lc.item(part) if isinstance(data, list) else data.lc.key(part))[0] + 1
+            data = data[part]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            break
+    return line
+
+
+def _key_path(location: Sequence[Any]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _inner_model(model.model_fields[part].annotation)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _inner_model(argument)) is not None:
+            return found
+    return None
+
+
+def _check_plugins(recipe: Recipe, data: Any, path: Path, allow_code: Collection[str]) -> None:
+    checks: list[tuple[list[Any], Any]] = [
+        *(
+            (["methods", i, "regularizer"], lambda m=m: make_regularizer(m.regularizer, allow_code))
+            for i, m in enumerate(recipe.methods)
+        ),
+        *(
+            (["prune", i, "criterion"], lambda p=p: make_criterion(p.criterion, allow_code))
+            for i, p in enumerate(recipe.prune)
+        ),
+        (["model", "name"], lambda: _check_model(recipe.model.name, allow_code)),
+    ]
+    for location, check in checks:
+        try:
+            check()
+        except UsageError as error:
+            raise RecipeError(f"{path}:{_line(data, location)}: {_key_path(location)}: {error}") from error
+
+
+def _check_model(name: str, allow_code: Collection[str]) -> None:
+    from secateur.lab.models import MODELS
+    from secateur.registry import load_python
+
+    if name.startswith("python:"):
+        load_python(name, allow_code)
+    elif not name.startswith(("torchvision:", "timm:")) and name not in MODELS.names():
+        raise UnknownNameError("model", name, MODELS.names(), "or torchvision:NAME, timm:NAME")

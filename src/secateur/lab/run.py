@@ -1,0 +1,172 @@
+"""A recipe from start to report: every stage that is not done yet, then one result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.analysis.latency import device_name
+from secateur.errors import StorageError
+from secateur.lab.context import Context, Options
+from secateur.lab.final import choose_method, run_final
+from secateur.lab.listener import Listener
+from secateur.lab.provenance import provenance
+from secateur.lab.recipe import MethodSpec, Recipe
+from secateur.lab.recipe_file import write_recipe
+from secateur.lab.report import write_report
+from secateur.lab.stages import latency_stage, prune_stage, run_latency, run_prune, run_train, train_stage
+from secateur.lab.store import Stage, locked, read_json, write_json
+
+__all__ = ["Planned", "list_runs", "plan_run", "run_folder", "run_recipe"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage of a run and whether it is done already."""
+
+    title: str
+    key: str
+    done: bool
+
+
+def run_folder(recipe: Recipe, options: Options) -> Path:
+    """Where a recipe's results go: the same recipe, the same folder."""
+    return options.out / f"{recipe.name}-{recipe.hash}"
+
+
+def plan_run(recipe: Recipe, options: Options) -> list[Planned]:
+    """The stages a run would go through, without doing any (data are read, nothing is written)."""
+    context = Context(recipe, options)
+    context.model(recipe.seeds[0])  # a recipe whose network cannot be built has no plan
+    return [Planned(title, stage.key, stage.done) for title, stage in _stages(context)]
+
+
+def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = None) -> dict[str, Any]:
+    """Run a recipe, resuming whatever an earlier run left, and write result and report.
+
+    Returns: the result, as stored in `result.json`, with `"folder"` added.
+
+    Raises: `BusyError` if another process runs the same recipe in the same output folder.
+    """
+    listener = listener or Listener()
+    folder = run_folder(recipe, options)
+    started = time.perf_counter()
+    with locked(folder, wait=0):
+        context = Context(recipe, options, listener)
+        origin = provenance(device_name(context.runtime.device), torch.get_num_threads())
+        write_json(folder / "env.json", origin)
+        try:
+            write_recipe(recipe, folder / "recipe.yaml")
+        except OSError as error:
+            raise StorageError(f"cannot write {folder / 'recipe.yaml'}: {error.strerror}") from error
+        if not options.resume:
+            for _, stage in _stages(context):
+                stage.forget()
+        trainings = _train_all(context)
+        rows = _prune_all(context)
+        result = {
+            "schema": 1,
+            "name": recipe.name,
+            "recipe_hash": recipe.hash,
+            "recipe": recipe.resolved(),
+            "provenance": origin,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "classes": context.data.num_classes,
+            "methods": [_method(m) for m in recipe.methods],
+            "trainings": trainings,
+            "rows": rows,
+            "final": _final(context, rows),
+            "wall_seconds": time.perf_counter() - started,
+        }
+        write_json(folder / "result.json", result)
+        listener.message("writing the report")
+        write_report([result], folder / "report")
+    return {**result, "folder": str(folder)}
+
+
+def list_runs(out: Path) -> list[dict[str, Any]]:
+    """Every run under an output folder: name, folder, whether it is complete."""
+    found = []
+    for path in sorted(out.glob("*/recipe.yaml")):
+        folder = path.parent
+        complete = (folder / "result.json").is_file()
+        result = read_json(folder / "result.json") if complete else {}
+        found.append(
+            {
+                "folder": str(folder),
+                "complete": complete,
+                "created": result.get("created"),
+                "wall_seconds": result.get("wall_seconds"),
+                "rows": len(result.get("rows", [])),
+            }
+        )
+    return found
+
+
+def _stages(context: Context) -> list[tuple[str, Stage]]:
+    recipe = context.recipe
+    found = []
+    for method, seed in _columns(recipe):
+        found.append((f"train {method.label}, seed {seed}", train_stage(context, method, seed)))
+    for number, spec in enumerate(recipe.prune):
+        for method, seed in _columns(recipe):
+            title = f"prune[{number}] {method.label}, seed {seed}"
+            found.append((title, prune_stage(context, method, seed, spec)))
+            if spec.latency and seed == recipe.seeds[0]:
+                found.append((f"time {title}", latency_stage(context, method, seed, spec)))
+    return found
+
+
+def _columns(recipe: Recipe) -> list[tuple[MethodSpec, int]]:
+    return [(method, seed) for seed in recipe.seeds for method in recipe.methods]
+
+
+def _method(method: MethodSpec) -> dict[str, Any]:
+    name = method.regularizer["name"]
+    return {"label": method.label, "regularizer": name, "control": name in ("none", "dropout")}
+
+
+def _train_all(context: Context) -> list[dict[str, Any]]:
+    trainings = []
+    for method, seed in _columns(context.recipe):
+        title, cached = f"train {method.label}, seed {seed}", train_stage(context, method, seed).done
+        context.listener.stage_started(title, 0)
+        trained = run_train(context, method, seed)
+        context.listener.stage_finished(title, cached)
+        trainings.append({"method": method.label, "seed": seed, **trained})
+    return trainings
+
+
+def _prune_all(context: Context) -> list[dict[str, Any]]:
+    rows = []
+    for number, spec in enumerate(context.recipe.prune):
+        for method, seed in _columns(context.recipe):
+            context.listener.check_stop()
+            title, cached = f"prune by {spec.granularity}: {method.label}, seed {seed}", False
+            cached = prune_stage(context, method, seed, spec).done
+            context.listener.stage_started(title, 0)
+            own = run_prune(context, method, seed, spec)
+            timed = spec.latency and seed == context.recipe.seeds[0]
+            latency = run_latency(context, method, seed, spec) if timed else {}
+            context.listener.stage_finished(title, cached)
+            for row in own:
+                measured = latency.get(row["sparsity_asked"])
+                rows.append({"method": method.label, "seed": seed, "prune": number, **row, "latency": measured})
+    return rows
+
+
+def _final(context: Context, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    spec = context.recipe.final
+    if spec is None:
+        return None
+    method, reason = choose_method(context, spec, rows)
+    title = f"deliver {method.label} at {spec.sparsity:.0%} of units"
+    context.listener.stage_started(title, 0)
+    delivered = run_final(context, method, context.recipe.seeds[0], spec)
+    context.listener.stage_finished(title, False)
+    return {"method": method.label, "chosen": reason, **delivered}

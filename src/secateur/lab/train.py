@@ -1,0 +1,214 @@
+"""The training loop. Every step depends on the state and the step number alone, so any step can be resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.core.duration import Duration
+from secateur.core.masks import Masks
+from secateur.core.seeds import keyed_seed
+from secateur.core.targets import Targets
+from secateur.errors import DivergedError, UsageError
+from secateur.lab import checkpoint as ckpt
+from secateur.lab.data import Loader
+from secateur.lab.evaluate import Evaluation
+from secateur.lab.listener import Interrupted, Listener
+from secateur.lab.recipe import LearningRateSpec, OptimizerSpec, TrainSpec
+from secateur.lab.runtime import Runtime
+from secateur.regularizers.base import Regularizer
+from secateur.sparsify.sparsifier import Sparsifier
+
+__all__ = ["TrainResult", "learning_rate", "make_optimizer", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training did; `history` has one entry per evaluation."""
+
+    steps: int
+    seconds: float
+    final_loss: float
+    history: list[dict[str, Any]]
+
+
+def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> Optimizer:
+    """The optimizer a recipe asks for, over all trainable parameters, by name."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise UsageError(f"{type(model).__name__}: every parameter is frozen, so there is nothing to train")
+    groups: list[dict[str, Any]] = [
+        {"params": [(n, p) for n, p in named if spec.decay_norms or p.dim() > 1], "weight_decay": spec.weight_decay},
+        {"params": [(n, p) for n, p in named if not spec.decay_norms and p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if spec.name == "sgd":
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
+    kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=spec.lr)
+
+
+def learning_rate(spec: LearningRateSpec, base: float, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Learning rate of step `step` (from 0) of `steps`."""
+    warmup = Duration.parse(spec.warmup).steps(steps_per_epoch, steps)
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1)
+    if spec.name == "cosine":
+        return base * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    passed = sum(step >= Duration.parse(m).steps(steps_per_epoch, steps) for m in spec.milestones)
+    return base * spec.factor**passed
+
+
+def train(
+    model: nn.Module,
+    loader: Loader,
+    spec: TrainSpec,
+    *,
+    runtime: Runtime,
+    regularizer: Regularizer,
+    folder: Path,
+    seed: int,
+    evaluation: Callable[[nn.Module], Evaluation],
+    targets: Targets | None = None,
+    masks: Masks | None = None,
+    listener: Listener | None = None,
+) -> TrainResult:
+    """Train `model` in place under a regularizer; checkpoints go to `folder` and are resumed from there.
+
+    Args:
+        masks: held at zero throughout, if given.
+
+    Raises:
+        DivergedError: the loss is not finite; the last good checkpoint stays in `folder`.
+        Interrupted: the listener asked to stop; the state is saved.
+
+    Randomness: global generators are forked and put back. On the CPU with the same number of threads, a
+    resumed run ends with bitwise the same weights as an uninterrupted one.
+    """
+    listener = listener or Listener()
+    optimizer = make_optimizer(model.to(runtime.device), spec.optimizer)
+    steps = Duration.parse(spec.duration).steps(loader.steps_per_epoch)
+    if steps < 1:
+        raise UsageError(f"train.duration {spec.duration} is less than one step of {loader.steps_per_epoch} an epoch")
+    engine, engine_optimizer = runtime.setup(model, optimizer)
+    sparsifier = Sparsifier(
+        model, regularizer, steps=steps, steps_per_epoch=loader.steps_per_epoch, targets=targets, seed=seed
+    )
+    state = _State(folder, model, optimizer, sparsifier)
+    save_every = max(1, Duration.parse(spec.checkpoint_every).steps(loader.steps_per_epoch, steps))
+    evaluate_every = max(1, Duration.parse(spec.evaluate_every).steps(loader.steps_per_epoch, steps))
+    devices = [runtime.device] if runtime.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), sparsifier:
+        torch.manual_seed(keyed_seed(seed, "forward noise"))
+        state.restore()
+        hold = masks.hold(model, optimizer) if masks is not None else None
+        model.train()
+        for step in range(state.step, steps):
+            started = time.perf_counter()
+            rate = learning_rate(spec.lr_schedule, spec.optimizer.lr, step, steps, loader.steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            inputs, labels = runtime.to_device(*loader.batch(step))
+            loss: Tensor = nn.functional.cross_entropy(engine(inputs), labels) + sparsifier.penalty()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise DivergedError(_diverged(value, step, loader.steps_per_epoch, rate, state))
+            optimizer.zero_grad()
+            runtime.backward(loss)
+            if spec.grad_clip is not None:
+                runtime.clip(engine, engine_optimizer, spec.grad_clip)
+            engine_optimizer.step()
+            sparsifier.after_step()
+            state.running.append(value)
+            state.step, state.seconds = step + 1, state.seconds + time.perf_counter() - started
+            if state.step % evaluate_every == 0 or state.step == steps:
+                measured = evaluation(model)
+                state.note(loader.steps_per_epoch, measured, rate)
+            listener.advanced(state.step, f"loss {value:.3f}")
+            if listener.stop:
+                state.save()
+                raise Interrupted(f"interrupted at step {state.step} of {steps}; saved, run again to continue")
+            if state.step % save_every == 0 and state.step < steps:
+                state.save()
+        if hold is not None:
+            hold.remove()
+    return TrainResult(steps, state.seconds, state.history[-1]["loss"], state.history)
+
+
+def _diverged(value: float, step: int, steps_per_epoch: int, rate: float, state: _State) -> str:
+    kept = (
+        f"the last good checkpoint (step {state.saved_step}) is in {state.path}"
+        if state.saved_step
+        else ("no checkpoint had been written yet")
+    )
+    return (
+        f"the loss is {value} at step {step + 1} (epoch {step // steps_per_epoch + 1}), learning rate {rate:g}; "
+        f"{kept}; lower the learning rate or clip gradients (train.grad_clip)"
+    )
+
+
+class _State:
+    """Everything that changes while training, and its checkpoint."""
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier) -> None:
+        self.path = folder / "checkpoint.safetensors"
+        self._metrics = folder / "metrics.jsonl"
+        self._model, self._optimizer, self._sparsifier = model, optimizer, sparsifier
+        self.step = self.saved_step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.running: list[float] = []  # losses since the last evaluation
+
+    def note(self, steps_per_epoch: int, measured: Evaluation, rate: float) -> None:
+        entry = {
+            "step": self.step,
+            "epoch": self.step / steps_per_epoch,
+            "loss": sum(self.running) / len(self.running),
+            "top1": measured.top1,
+            "eval_loss": measured.loss,
+            "lr": rate,
+        }
+        self.history.append(entry)
+        self.running = []
+        with self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+    def save(self) -> None:
+        moments, plain = ckpt.optimizer_state(self._model, self._optimizer)
+        parts = {
+            "model": self._model.state_dict(),
+            "optimizer": moments,
+            "sparsifier": self._sparsifier.state_dict(),
+            "rng": ckpt.global_rng(),
+        }
+        tensors = {f"{part}/{name}": t for part, entries in parts.items() for name, t in entries.items()}
+        values = {"step": self.step, "seconds": self.seconds, "history": self.history, "running": self.running}
+        values["optimizer"] = plain
+        ckpt.save_tensors(self.path, tensors, values)
+        self.saved_step = self.step
+
+    def restore(self) -> None:
+        """Continue from the checkpoint if there is one; metrics written after it are dropped."""
+        if self.path.is_file():
+            tensors, values = ckpt.load_tensors(self.path)
+            parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sparsifier": {}, "rng": {}}
+            for name, tensor in tensors.items():
+                part, _, key = name.partition("/")
+                parts[part][key] = tensor
+            self._model.load_state_dict(parts["model"])
+            ckpt.restore_optimizer(self._model, self._optimizer, parts["optimizer"], values["optimizer"])
+            self._sparsifier.load_state_dict(parts["sparsifier"])
+            ckpt.restore_global_rng(parts["rng"])
+            self.step = self.saved_step = int(values["step"])
+            self.seconds, self.history = float(values["seconds"]), list(values["history"])
+            self.running = list(values["running"])
+        self._metrics.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
