@@ -25,6 +25,7 @@ __all__ = [
     "TraceError",
     "UnknownNameError",
     "UsageError",
+    "VacuousProofError",
     "nearest",
 ]
 
@@ -93,6 +94,10 @@ class TraceError(SecateurError):
 
 class EquivalenceError(SecateurError):
     """A cut network does not compute what its masked self computes; nothing was changed."""
+
+
+class VacuousProofError(EquivalenceError):
+    """Masked and cut self agree, but the network says the same whatever it is shown, so nothing is proven."""
 
 
 class ExportError(SecateurError):

@@ -6,7 +6,7 @@ import copy
 import csv
 import os
 import re
-import sys
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from report_factory import SPARSITIES, make_result
 
 from secateur.errors import CheckpointError, StorageError, UsageError
 from secateur.lab.report import summary_lines, write_report
+from secateur.lab.report.runs import between
 from secateur.lab.report.schema import read_result
 from secateur.lab.report.verdict import judge
 
@@ -88,8 +87,12 @@ def test_page_is_self_contained_and_well_formed(report: Path) -> None:
     assert not [name for name in beside if name.endswith(".part")]
 
 
-def test_same_result_makes_the_same_page(report: Path, tmp_path: Path) -> None:
+def test_same_result_makes_the_same_page_and_leaves_matplotlib_as_it_was(report: Path, tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
     again = write_report([make_result(3)], tmp_path)
+    assert dict(matplotlib.rcParams) == before
     assert again.read_bytes() == report.read_bytes()
 
 
@@ -216,21 +219,31 @@ def test_missing_measurements_are_said(tmp_path: Path) -> None:
     assert any("Proof of the cut: not measured" in line for line in summary_lines(emptied))
 
 
-@pytest.mark.parametrize(
-    "label", ["<script>alert(1)</script>", 'a $x^2$ & "b"', "_hidden", "剪定 naïve \x07", "x" * 70]
-)
-def test_any_label_is_text(label: str, tmp_path: Path) -> None:
+def test_any_label_is_text(tmp_path: Path) -> None:
+    labels = dict(
+        zip(
+            ("dense", "dropout", "Targeted Dropout", "DDROP"),
+            ("<script>alert(1)</script>", 'a $x^2$ & "b"', "_hidden", "剪定 naïve \x07" + "x" * 70),
+            strict=True,
+        )
+    )
     result = make_result(2)
-    for part in (result["methods"], result["rows"], result["trainings"]):
+    for part in (result["methods"], result["rows"], result["trainings"], [result["final"]]):
         for item in part:
             for key in ("method", "label"):
-                if item.get(key) == "DDROP":
-                    item[key] = label
-    result["name"] = label
-    page = write_report([result], tmp_path).read_text("utf-8")
+                if key in item:
+                    item[key] = labels[item[key]]
+    result["name"] = "<b>../../name"
+    page = write_report([result], tmp_path / "out").read_text("utf-8")
     assert Page(page).open == []
     assert "<script" not in page
-    ElementTree.fromstring((tmp_path / "accuracy-unit.svg").read_bytes())
+    assert "<b>" not in page
+    assert "_hidden" in page
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    root = ElementTree.fromstring((tmp_path / "out" / "accuracy-unit.svg").read_bytes())
+    drawn = " ".join(root.itertext())
+    for label in ("<script>alert(1)</script>", 'a $x^2$ & "b"', "_hidden", "剪定"):
+        assert label in drawn
 
 
 def test_several_runs_are_compared(tmp_path: Path) -> None:
@@ -244,8 +257,13 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert "paired by seed; Holm-corrected over 48 comparisons" in text
     assert "+33.3" in text  # (180 + 182 + 179 - 60 - 61 - 60) / 3 of 360 images
     assert len(list(tmp_path.glob("*accuracy-weight.png"))) == 2
-    third = make_result(3, name="other", count=500)
-    assert "Nothing to pair" in write_report([first, third], tmp_path / "b").read_text("utf-8")
+
+
+def test_runs_on_other_test_sets_are_not_paired() -> None:
+    first, other = read_result(make_result(3)), read_result(make_result(3, count=500))
+    table, note = between([("first", first), ("other", other)])
+    assert table is None
+    assert note.startswith("Nothing to pair with first")
 
 
 @pytest.mark.parametrize(
@@ -281,8 +299,9 @@ def test_unwritable_and_empty(tmp_path: Path) -> None:
         write_report([make_result(1)], tmp_path / "file")
 
 
-def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_report([make_result(1)], tmp_path)
+def test_a_full_disk_leaves_the_old_report(report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(report.parent, tmp_path / "copy")
+    path = tmp_path / "copy" / "report.html"
     before = path.read_bytes()
 
     def full(source: object, target: object) -> None:
@@ -290,14 +309,6 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StorageError, match="No space left"):
-        write_report([make_result(2)], tmp_path)
+        write_report([make_result(2)], path.parent)
     assert path.read_bytes() == before
-    assert not list(tmp_path.glob(".*.part"))
-
-
-def test_plots_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    write_report([make_result(1)], tmp_path)
-    assert dict(matplotlib.rcParams) == before
+    assert not list(path.parent.glob(".*.part"))

@@ -137,7 +137,7 @@ def _parse_seeds(text: str) -> list[int]:
     return found
 
 
-def _run(  # noqa: PLR0913
+def _run(
     recipe: str,
     overrides: list[str],
     seeds: str | None,

@@ -93,8 +93,12 @@ class Group:
 
     @cached_property
     def consumers(self) -> tuple[str, ...]:
-        """Weight names of the layers that read the units."""
-        return tuple(dict.fromkeys(m.path for m in self.members if m.role == "consumer"))
+        """Weight names of the layers that read the units, in definition order."""
+        first: dict[str, str] = {}
+        for member in self.members:
+            if member.role == "consumer":
+                first.setdefault(member.layer, member.path)
+        return tuple(first.values())
 
     @property
     def coupled(self) -> bool:
@@ -168,8 +172,13 @@ class Groups(Sequence[Group]):
         return Groups([g for g in self._items if g.blocked is None], self.untraced)
 
     def inner(self) -> Groups:
-        """The groups that may be cut and whose units are made by exactly one layer (no residual sums)."""
-        return Groups([g for g in self._items if g.blocked is None and not g.coupled], self.untraced)
+        """The groups that may be cut and run from exactly one layer to exactly one other.
+
+        These are the channels inside a branch: no residual sum makes them, and no second branch reads them (the
+        stem in front of a bottleneck ResNet, which two convolutions read, is not inner).
+        """
+        items = [g for g in self._items if g.blocked is None and not g.coupled and len(g.consumers) == 1]
+        return Groups(items, self.untraced)
 
 
 def clear_entries_(mask: Tensor, dim: int, entries: Tensor, groups: int = 1) -> None:

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from secateur.surgery.file import load_pruned, save_pruned
 from torch import Tensor, nn
 
 from secateur.analysis.cost import measure_cost
@@ -24,6 +23,7 @@ from secateur.lab.recipe import FinalSpec, MethodSpec
 from secateur.lab.stages import latency_json, train_stage, trained_model, unit_ranking
 from secateur.lab.store import Stage
 from secateur.lab.train import train
+from secateur.surgery.file import load_pruned, save_pruned
 from secateur.surgery.plan import Plan, align, make_plan
 from secateur.surgery.verify import cut_verified_, max_difference
 
@@ -129,7 +129,8 @@ def _achieved(context: Context, dense: nn.Module, model: nn.Module, spec: FinalS
 def _save_and_reload(context: Context, model: nn.Module, plan: Plan, folder: Path) -> tuple[dict[str, Any], nn.Module]:
     builder, kwargs = context.builder
     path = folder / "pruned.safetensors"
-    save_pruned(path, model, builder=builder, kwargs=kwargs, plan=plan, extra={"data": context.data.name})
+    extra = {"data": context.data.name, "recipe": context.recipe.name, "recipe_hash": context.recipe.hash}
+    save_pruned(path, model, builder=builder, kwargs=kwargs, plan=plan, inputs=context.example(1), extra=extra)
     # A fresh process knows nothing of this one: it must rebuild the network from the file alone.
     command = [sys.executable, "-m", "secateur", "verify", str(path), "--json"]
     command += [f"--allow-code={module}" for module in context.options.allow_code]

@@ -171,7 +171,7 @@ class _State:
     def note(self, steps_per_epoch: int, measured: Evaluation, rate: float) -> None:
         entry = {
             "step": self.step,
-            "epoch": self.step / steps_per_epoch,
+            "epoch": self.step // steps_per_epoch,
             "loss": sum(self.running) / len(self.running),
             "top1": measured.top1,
             "eval_loss": measured.loss,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,14 +43,14 @@ class NoiseStream:
         """Bool tensor of `shape`, True with `probability` (a number, or a tensor that broadcasts to `shape`)."""
         if self.device.type != "cpu":
             return torch.rand(shape, device=self.device, generator=self._generator) < probability
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         bits = self._bits.random_raw(-(-count // 4)).view(np.uint16)[:count].reshape(shape)
-        limit = np.rint(np.asarray(probability, dtype=np.float64) * 65536.0)
-        if limit.ndim == 0:
-            if limit >= 65536:
-                return torch.ones(shape, dtype=torch.bool)
-            return torch.from_numpy(bits < np.uint16(limit))
-        return torch.from_numpy(bits < limit.astype(np.uint32))
+        if isinstance(probability, Tensor):
+            return torch.from_numpy(bits < np.rint(probability.double().numpy() * 65536.0).astype(np.uint32))
+        limit = round(probability * 65536)
+        if limit >= 65536:
+            return torch.ones(shape, dtype=torch.bool)
+        return torch.from_numpy(bits < np.uint16(limit))
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.device.type != "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from secateur.surgery.cut import CutReport, cut_
 from secateur.surgery.engine import Engine, TorchPruningEngine, trace_groups
+from secateur.surgery.file import PrunedHeader, load_pruned, read_pruned_header, save_pruned
 from secateur.surgery.plan import Cut, Edit, Plan, align, fingerprint, make_plan
 from secateur.surgery.verify import cut_verified_, max_difference
 
@@ -13,12 +14,16 @@ __all__ = [
     "Edit",
     "Engine",
     "Plan",
+    "PrunedHeader",
     "TorchPruningEngine",
     "align",
     "cut_",
     "cut_verified_",
     "fingerprint",
+    "load_pruned",
     "make_plan",
     "max_difference",
+    "read_pruned_header",
+    "save_pruned",
     "trace_groups",
 ]

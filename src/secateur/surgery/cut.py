@@ -148,7 +148,7 @@ def _slice(tensor: Tensor, cuts: list[Cut]) -> Tensor:
     return tensor
 
 
-Replaced = dict[nn.Parameter, tuple[nn.Parameter, list[Cut]]]
+Replaced = dict[Tensor, tuple[nn.Parameter, list[Cut]]]
 
 
 @torch.no_grad()
@@ -218,7 +218,7 @@ def _cut_optimizer(optimizer: Optimizer, replaced: Replaced, undo: Undo) -> None
     put(small)
 
 
-def _cut_state(optimizer: Optimizer, parameter: nn.Parameter, state: Any, replaced: Replaced) -> Any:
+def _cut_state(optimizer: Optimizer, parameter: Tensor, state: Any, replaced: Replaced) -> Any:
     if parameter not in replaced:
         return state
     cuts = replaced[parameter][1]

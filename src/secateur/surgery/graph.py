@@ -92,7 +92,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], roots: Sequence[str] | None
 def _build(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, set[Any]]:
     import torch_pruning as tp
 
-    class PortPruner(tp.pruner.function.BasePruningFunc):  # type: ignore[misc]
+    class PortPruner(tp.pruner.function.BasePruningFunc):
         def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
             return layer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -134,8 +135,10 @@ class Plan:
 
 # Attributes a plan may set: a plan from a file must not be able to change anything else.
 _ATTRIBUTES = frozenset(
-    "in_features out_features in_channels out_channels groups num_features num_channels num_parameters "
-    "normalized_shape embedding_dim".split()
+    [
+        *("in_features", "out_features", "in_channels", "out_channels", "groups"),
+        *("num_features", "num_channels", "num_parameters", "normalized_shape", "embedding_dim"),
+    ]
 )
 
 
@@ -153,7 +156,7 @@ def _count(value: Any, least: int = 0) -> int:
 
 def _ascending(value: Any) -> tuple[int, ...]:
     kept = tuple(_count(k) for k in value)
-    if not kept or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+    if not kept or any(a >= b for a, b in itertools.pairwise(kept)):
         raise ValueError("kept entries must be ascending and not empty")
     return kept
 

@@ -15,12 +15,12 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from secateur.core.targets import unwrap
-from secateur.errors import EquivalenceError, UsageError
+from secateur.errors import EquivalenceError, UsageError, VacuousProofError
 from secateur.surgery.cut import CutReport, _count, apply_plan
 from secateur.surgery.plan import Plan, check_fingerprint
 from secateur.surgery.values import tensors_in
 
-__all__ = ["cut_verified_", "masked_outputs", "max_difference"]
+__all__ = ["cut_verified_", "masked_outputs", "max_difference", "outputs_in_eval"]
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -53,8 +53,9 @@ def cut_verified_(
         The report of the cut, with the difference measured.
 
     Raises:
-        EquivalenceError: the outputs differ, are not finite, or say nothing (the masked network answers the
-        same to every input), or the cut network's forward fails. Nothing is changed then.
+        EquivalenceError: the outputs differ or are not finite, or the cut network's forward fails. Nothing is
+        changed then. VacuousProofError: the masked network answers the same to every input, which proves
+        nothing; nothing is changed then either.
         UsageError: as in `cut_`.
 
     Cost: two forward passes, and a copy of the touched tensors while the reference runs.
@@ -82,13 +83,17 @@ def max_difference(model_a: nn.Module, model_b: nn.Module, inputs: Inputs) -> fl
 
     Raises `UsageError` where their outputs differ in number or shape.
     """
-    outputs = []
-    for model in (unwrap(model_a), unwrap(model_b)):
-        with _evaluation(model):
-            outputs.append(_forward(model, inputs))
-    _check_shapes("max_difference", *outputs, UsageError)
+    outputs = [outputs_in_eval(model, inputs) for model in (model_a, model_b)]
+    _check_shapes("max_difference", outputs[0], outputs[1], UsageError)
     difference = max((_distance(a, b) for a, b in zip(*outputs, strict=True)), default=0.0)
     return difference if math.isfinite(difference) else math.inf
+
+
+def outputs_in_eval(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Every tensor `model` returns for `inputs` in eval mode; its flags and all random states are left alone."""
+    model = unwrap(model)
+    with _evaluation(model):
+        return _forward(model, inputs)
 
 
 @contextmanager
@@ -184,7 +189,7 @@ def _check_reference(name: str, reference: list[Tensor]) -> None:
             "check weights and inputs"
         )
     if all(_says_nothing(tensor) for tensor in values):
-        raise EquivalenceError(
+        raise VacuousProofError(
             f"cut of {name} not proven: the masked network gives the same output for every input (a head of "
             "zeros, or too little kept), so comparing proves nothing; give different real inputs, or use cut_"
         )

@@ -115,5 +115,7 @@ def draw_figure(name: str, title: str, draw: Callable[[Axes], None], caption: st
             figure.legend(handles, labels, loc="outside lower left", ncols=columns)
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
+        # The layout is found once; finding it again for the PNG would cost as much as drawing it.
+        figure.set_layout_engine("none")
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
     return Picture(name, caption, alt, svg.getvalue().decode("utf-8"), png.getvalue())

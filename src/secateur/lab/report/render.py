@@ -43,6 +43,10 @@ def write_report(results: Sequence[Mapping[str, Any]], out_dir: Path | str) -> P
     checked = [read_result(raw) for raw in results]
     names = run_names(checked)
     folder = Path(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _storage(folder, error) from error
     pictures: list[Picture] = []
     runs = []
     for name, result in zip(names, checked, strict=True):
@@ -60,10 +64,6 @@ def write_report(results: Sequence[Mapping[str, Any]], out_dir: Path | str) -> P
         colors=COLORS,
     )
     judged = [(name, result, run["verdict"].comparisons) for (name, result), run in zip(named, runs, strict=True)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _storage(folder, error) from error
     for picture in pictures:
         _replace(folder / f"{picture.name}.svg", picture.svg.encode())
         _replace(folder / f"{picture.name}.png", picture.png)

@@ -80,7 +80,8 @@ def differences(comparisons: Iterable[Comparison]) -> Table:
     """Every comparison with the control, picked or not."""
     rows = [
         (
-            f"{item.name} vs {item.against}",
+            item.name,
+            item.against,
             f"{item.panel.granularity}{', fine-tuned' if item.panel.fine_tuned else ''}",
             level(item.sparsity),
             points(item.interval.mean, signed=True),
@@ -93,7 +94,8 @@ def differences(comparisons: Iterable[Comparison]) -> Table:
         for item in comparisons
     ]
     head = (
-        "Comparison",
+        "Method",
+        "Control",
         "Granularity",
         "Sparsity",
         "Points",
