@@ -89,7 +89,7 @@ def models(json_: Json = False) -> None:
     with errors_to_exit(json_):
         from secateur.lab.models import CATALOG
 
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "name": name,
                 "summary": info.summary,
@@ -117,7 +117,7 @@ def doctor(json_: Json = False) -> None:
         from secateur.lab.provenance import PACKAGES, installed
 
         extras = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "timm": ("timm",)}
-        found = {
+        found: dict[str, Any] = {
             "python": platform.python_version(),
             "packages": {name: installed(name) for name in PACKAGES},
             "devices": [device_name("cpu"), *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
@@ -129,9 +129,9 @@ def doctor(json_: Json = False) -> None:
             out_json(found)
             return
         rows = [("python", found["python"])]
-        rows += [(name, v or "not installed") for name, v in found["packages"].items()]  # type: ignore[union-attr]
-        rows += [("device", d) for d in found["devices"]]  # type: ignore[union-attr]
-        rows += [("threads", str(found["threads"])), ("data folder", found["data_dir"] or "$SECATEUR_DATA_DIR not set")]  # type: ignore[list-item]
-        for extra, there in found["extras"].items():  # type: ignore[union-attr]
+        rows += [(name, v or "not installed") for name, v in found["packages"].items()]
+        rows += [("device", d) for d in found["devices"]]
+        rows += [("threads", str(found["threads"])), ("data folder", found["data_dir"] or "$SECATEUR_DATA_DIR not set")]
+        for extra, there in found["extras"].items():
             rows.append((f"extra [{extra}]", "ready" if there else f"pip install 'secateur[{extra}]'"))
         table("", ("what", "found"), rows)

@@ -117,8 +117,8 @@ def _stopping(listener: Listener) -> Iterator[None]:
         listener.stop = True
         os.write(2, b"\nsecateur: stopping at the next step and saving (again to quit now)\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, ask)
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        previous[wanted] = signal.signal(wanted, ask)
     try:
         yield
     finally:

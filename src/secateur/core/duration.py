@@ -38,6 +38,8 @@ class Duration:
         if match is None:
             raise UsageError(f'duration "{text}": expected a number with a unit, like 30ep, 500it or 0.4run')
         value, unit = float(match[1]), match[2]
+        if not math.isfinite(value):
+            raise UsageError(f'duration "{text}": too long for a number')
         if unit == "run" and value > 1:
             raise UsageError(f'duration "{text}": a fraction of the run lies in [0, 1]')
         if unit == "it" and value != int(value):

@@ -116,11 +116,12 @@ class Masks(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file (one byte per weight)."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         try:
             save_file({n: m.to(torch.uint8).cpu().contiguous() for n, m in self.items()}, str(path))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write masks to {path}: {error}") from error
 
     @classmethod
@@ -135,8 +136,8 @@ class Masks(Mapping[str, Tensor]):
             tensors = load_file(str(path))
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is not a safetensors file of masks: {error}") from error
-        if any(t.dtype != torch.uint8 for t in tensors.values()):
-            raise CheckpointError(f"{path} holds tensors that are not masks (expected uint8)")
+        if any(t.dtype != torch.uint8 or bool((t > 1).any()) for t in tensors.values()):
+            raise CheckpointError(f"{path} holds tensors that are not masks (expected uint8 of 0 and 1)")
         return cls({n: t.bool() for n, t in tensors.items()})
 
 

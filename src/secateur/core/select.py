@@ -154,10 +154,11 @@ def _lowest_pruned(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int,
         for array in arrays:
             _refuse_nan(array)
         return [np.ones(a.size, bool) for a in arrays]
-    threshold, below = _kth_smallest(arrays, count)
+    threshold, below, equal = _kth_smallest(arrays, count)
     keep = [_above(a, threshold) for a in arrays]
-    _settle_ties(arrays, keep, threshold, count - below, ties, seed)
-    if all(k.sum() >= min(min_keep, k.size) for k in keep):
+    if below + equal > count:
+        _settle_ties(arrays, keep, threshold, count - below, ties, seed)
+    if all(np.count_nonzero(k) >= min(min_keep, k.size) for k in keep):
         return keep
     return _lowest_pruned_with_safe(arrays, count, ties, seed, min_keep)
 
@@ -197,8 +198,6 @@ def _settle_ties(
 ) -> None:
     """Of the cells equal to the threshold (all marked pruned so far), prune only `prune`; keep the rest."""
     equal = [_equal_indices(a, threshold) for a in arrays]
-    if sum(e.size for e in equal) == prune:
-        return
     if ties == "random":
         owner = np.concatenate([np.full(e.size, i) for i, e in enumerate(equal)])
         index = np.concatenate(equal)
@@ -228,25 +227,22 @@ def _refuse_nan(array: _Scores) -> None:
             )
 
 
-def _kth_smallest(arrays: Sequence[_Scores], k: int) -> tuple[float, int]:
-    """The k-th smallest value (k from 1) over all arrays, and how many values are strictly below it."""
+def _kth_smallest(arrays: Sequence[_Scores], k: int) -> tuple[float, int, int]:
+    """The k-th smallest value (k from 1) over all arrays; how many values are below it, and how many equal it."""
     total = sum(a.size for a in arrays)
     for array in arrays:
         # A NaN makes the sum NaN: one cheap read instead of an isnan mask.
-        if array.size and np.isnan(array.flat.sum(dtype=array.flat.dtype)):
+        if bool(torch.from_numpy(array.flat).sum().isnan()):
             _refuse_nan(array)
     if total <= _DIRECT:
-        values = np.concatenate([a.all() for a in arrays])
-        threshold = np.partition(values, k - 1)[k - 1]
-        return threshold, int((values < threshold).sum())
+        return _kth_of(np.concatenate([a.all() for a in arrays]), k)
     low, high = _bracket(arrays, k, total)
-    below, inside = 0, []
-    at_low = at_high = 0
+    below = at_low = at_high = 0
+    inside = []
     for array in arrays:
         for _, values in array.chunks():
-            under = values < low
-            below += int(np.count_nonzero(under))
-            candidates = values[~under & (values <= high)]
+            below += int(np.count_nonzero(values < low))
+            candidates = values[(values >= low) & (values <= high)]
             # Values equal to a bracket end are counted, not collected: quantized or zero weights would fill memory.
             is_low, is_high = candidates == low, candidates == high
             at_low += int(np.count_nonzero(is_low))
@@ -254,17 +250,24 @@ def _kth_smallest(arrays: Sequence[_Scores], k: int) -> tuple[float, int]:
             inside.append(candidates[~(is_low | is_high)])
     rank = k - below
     if rank < 1:
-        return _exact_fallback(arrays, k)
+        return _kth_of(np.concatenate([a.all() for a in arrays]), k)
     if rank <= at_low:
-        return low, below
-    middle = np.concatenate(inside)
+        return low, below, at_low
+    below += at_low
     rank -= at_low
+    middle = np.concatenate(inside)
     if rank <= middle.size:
-        threshold = np.partition(middle, rank - 1)[rank - 1]
-        return threshold, below + at_low + int((middle < threshold).sum())
+        threshold, under, equal = _kth_of(middle, rank)
+        return threshold, below + under, equal
+    below += middle.size
     if rank - middle.size <= at_high:
-        return high, below + at_low + middle.size
-    return _exact_fallback(arrays, k)
+        return high, below, at_high
+    return _kth_of(np.concatenate([a.all() for a in arrays]), k)
+
+
+def _kth_of(values: _Array, k: int) -> tuple[float, int, int]:
+    threshold = np.partition(values, k - 1)[k - 1]
+    return threshold, int(np.count_nonzero(values < threshold)), int(np.count_nonzero(values == threshold))
 
 
 def _bracket(arrays: Sequence[_Scores], k: int, total: int) -> tuple[float, float]:
@@ -280,12 +283,6 @@ def _bracket(arrays: Sequence[_Scores], k: int, total: int) -> tuple[float, floa
     low = max(0, math.floor(share * sample.size - margin))
     high = min(sample.size - 1, math.ceil(share * sample.size + margin))
     return sample[low], sample[high]
-
-
-def _exact_fallback(arrays: Sequence[_Scores], k: int) -> tuple[float, int]:
-    values = np.concatenate([a.all() for a in arrays])
-    threshold = np.partition(values, k - 1)[k - 1]
-    return threshold, int((values < threshold).sum())
 
 
 def _lowest_pruned_per_row(

@@ -99,7 +99,7 @@ def gather_evidence(
         gatherer.run(batches)
         collected = gatherer.results(targets)
     return {
-        t.name: Evidence(target=t, weight=parameters[t.name].detach(), seed=seed, **collected[t.name])  # type: ignore[arg-type]
+        t.name: Evidence(target=t, weight=parameters[t.name].detach(), seed=seed, **collected[t.name])
         for t in targets
     }
 

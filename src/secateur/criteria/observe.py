@@ -117,9 +117,9 @@ class UnitOutputs(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name in _LAYERS:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            layer = self._weights.get(id(weight))
-            if layer is not None:
-                self._open[id(out)] = (layer, out, _LAYERS[name])
+            known = self._weights.get(id(weight))
+            if known is not None:
+                self._open[id(out)] = (known, out, _LAYERS[name])
         return out
 
     def _remember_norm(self, layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

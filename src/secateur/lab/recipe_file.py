@@ -142,7 +142,8 @@ def _line(data: Any, location: Sequence[Any]) -> int:
     line = 1
     for part in location:
         try:
-            line = (data.lc.item(part) if isinstance(data, list) else data.lc.key(part))[0] + 1
+            marks = data.lc
+            line = (marks.item(part) if isinstance(data, list) else marks.key(part))[0] + 1
             data = data[part]
         except (AttributeError, KeyError, IndexError, TypeError):
             break

@@ -157,9 +157,9 @@ def _cpu_copy(model: nn.Module) -> nn.Module:
 
 def _name_groups(model: nn.Module, raw: list[dict[str, Any]]) -> list[Group]:
     names = _all_names(model)
-    order = {name: i for i, name in enumerate(names)}
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     built = [group for item in raw if (group := _group(model, names, item)) is not None]
-    built.sort(key=lambda group: (order[group.name], -group.units))
+    built.sort(key=lambda group: (order[group.name.rpartition(".")[0]], -group.units))
     seen: dict[str, int] = {}
     groups = []
     for group in built:
@@ -184,6 +184,7 @@ def _all_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def _group(model: nn.Module, names: dict[str, tuple[str, ...]], raw: dict[str, Any]) -> Group | None:
     members: list[Member] = []
     sizes: list[Size] = []
+    makers: list[str] = []
     reasons: list[str] = [_reason(why, where) for why, where in raw["flags"]]
     blocks: list[tuple[int, int, np.ndarray[Any, Any], str]] = []
     for kind, name, side, entries in raw["entries"]:
@@ -200,12 +201,13 @@ def _group(model: nn.Module, names: dict[str, tuple[str, ...]], raw: dict[str, A
         found = slices_of(model.get_submodule(name), side)
         if isinstance(found, str):
             reasons.append(f'layer "{name}": {found}')
+            makers.extend([f"{name}.weight" if name else "weight"] if side == "out" else [])
             continue
         members.extend(_members(names, name, found, index))
         sizes.extend(Size(name, attribute, index.shape[1]) for attribute in found.sizes)
         if found.blocks > 1:
             blocks.append((found.blocks, found.size, index, name))
-    first = next((m.path for m in members if m.role == "producer"), None)
+    first = next((m.path for m in members if m.role == "producer"), next(iter(makers), None))
     if first is None:
         return None
     count = math.lcm(*(b for b, _, _, _ in blocks)) if blocks else 1

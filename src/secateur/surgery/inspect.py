@@ -60,7 +60,7 @@ def load_dense(path: str | os.PathLike[str], *, allow_code: Collection[str] = ()
     """The network as it was before the cut, with freshly drawn weights: for comparing cost, not answers."""
     header = read_pruned_header(path)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)
+        torch.manual_seed(0)
         model: Any = find_builder(header.builder, allow_code)(**header.kwargs)
     return model.eval()
 
