@@ -2,20 +2,19 @@
 
     python benchmarks/selection.py [--rounds 7] [--json FILE]
 
-Times the call a user makes (score, select, masks) on the weights of ResNet-18 (11 M) and ResNet-50 (25 M);
-checks that both give the identical mask; measures how far resident memory rises, in multiples of the weights.
-The ratio is a speed-up: peer time / our time.
+Times the call a user makes (score, select, masks) on the weights of ResNet-18 (11 M) and ResNet-50 (25 M),
+checks that both give the identical mask, and measures how far resident memory rises while it runs.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
-from _paired import Row, parser, peak_extra_bytes, ratios, report, steady, timed_rounds
+from _paired import Row, parser, peak_extra_bytes, ratios, report, steady, timed, timed_rounds
 from torch import nn
 from torch.nn.utils import prune
 
@@ -24,9 +23,20 @@ from secateur.criteria.magnitude import Magnitude
 from secateur.sparsify.ranking import SelectionRule, rank
 
 SPARSITY = 0.9
-# torch counts round(s n), so "nearest" is the rule to compare with.
+# The peer removes round(s n) weights; "nearest" removes as many.
 RULE = SelectionRule(scope="global", rounding="nearest")
-SHAPES = {"11 M (ResNet-18)": "resnet18", "25 M (ResNet-50)": "resnet50"}
+NETWORKS = {"11 M (ResNet-18)": "resnet18", "25 M (ResNet-50)": "resnet50"}
+
+
+def by_secateur(model: nn.Module) -> Masks:
+    return rank(model, Magnitude(), granularity="weight", rule=RULE).masks(SPARSITY)
+
+
+def by_torch(model: nn.Module) -> Masks:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    parameters = [(m, "weight") for m in layers.values()]
+    prune.global_unstructured(parameters, pruning_method=prune.L1Unstructured, amount=SPARSITY)
+    return Masks({f"{name}.weight": module.weight_mask.bool() for name, module in layers.items()})
 
 
 def network(name: str) -> nn.Module:
@@ -36,52 +46,49 @@ def network(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None)
 
 
-def weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    return [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+def on_copy(action: Callable[[nn.Module], Masks], model: nn.Module) -> Callable[[], Masks]:
+    """Ready to run on a fresh copy: the peer changes the module it prunes."""
+    fresh = copy.deepcopy(model)
+    return lambda: action(fresh)
 
 
-def by_secateur(model: nn.Module) -> Masks:
-    return rank(model, Magnitude(), granularity="weight", rule=RULE).masks(SPARSITY)
-
-
-def by_torch(model: nn.Module) -> None:
-    prune.global_unstructured(weights(model), pruning_method=prune.L1Unstructured, amount=SPARSITY)
-
-
-def undo(model: nn.Module) -> None:
-    """Give the pruned module its plain weights back, so that the next round starts alike."""
-    for module, name in weights(model):
-        module.weight = module._parameters.pop("weight_orig")
-        module._buffers.pop("weight_mask")
-        module._forward_pre_hooks.clear()
-        module._parameters.move_to_end(name) if hasattr(module._parameters, "move_to_end") else None
-
-
-def ready(action: Callable[[nn.Module], Any], name: str) -> Callable[[], Any]:
-    """For the memory measurement: `action`, warmed up on a small network, ready to run on `name`."""
+def on_network(action: Callable[[nn.Module], Masks], name: str) -> Callable[[], Masks]:
+    """The same for the memory measurement; a first small run pays for what is loaded once."""
     action(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
-    model = network(name)
-    return lambda: action(model)
+    return on_copy(action, network(name))
 
 
 def measure(case: str, name: str, rounds: int) -> list[Row]:
-    size = 4 * sum(m.weight.numel() for m, _ in weights(network(name)))
-    extra = {f.__name__: peak_extra_bytes(ready, f, name) / size for f in (by_secateur, by_torch)}
+    actions = {"torch global_unstructured": by_torch, "secateur rank().masks()": by_secateur}
+    model = network(name)
+    size = 4 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    extra = {label: peak_extra_bytes(on_network, action, name) / size for label, action in actions.items()}
+    theirs, ours = (on_copy(action, model)() for action in actions.values())
+    equal = "identical" if theirs == ours else "DIFFERENT"
 
-    model, peer = network(name), network(name)
-    masks = by_secateur(model)
-    by_torch(peer)
-    paths = {id(m): path for path, m in peer.named_modules()}
-    same = all(torch.equal(masks[f"{paths[id(m)]}.weight"], m.weight_mask.bool()) for m, _ in weights(peer))
+    prepared: dict[str, Callable[[], Any]] = {
+        label: lambda action=action: on_copy(action, model) for label, action in actions.items()
+    }
+    times = timed_rounds(prepared, rounds, clock=lambda prepare: timed(prepare()))
+    peer, mine = times.values()
+    (peer_name, my_name), (peer_extra, my_extra) = actions, extra.values()
+    return [
+        Row(case, f"speed: {peer_name}", median(peer), 1.0, 1.0, 1.0),
+        Row(case, f"speed: {my_name}", median(mine), *ratios(peer, mine), 50.0, True, f"masks {equal}"),
+        Row(case, f"extra memory: {peer_name}", median(peer), peer_extra, peer_extra, peer_extra),
+        Row(case, f"extra memory: {my_name}", median(mine), my_extra, my_extra, my_extra, 0.3, note="x the weights"),
+    ]
 
-    def theirs() -> None:
-        by_torch(peer)
 
-    runs: dict[str, Callable[[], Any]] = {"secateur": lambda: by_secateur(model), "torch": theirs}
-    undo(peer)
-    times = timed_rounds(runs, rounds)
-    return [Row(case, "torch.nn.utils.prune", 1, 1, 1, 1)]
+def main() -> None:
+    asked = parser(__doc__, rounds=7).parse_args()
+    steady()
+    rows = [row for case, name in NETWORKS.items() for row in measure(case, name, asked.rounds)]
+    title = "Global magnitude masks, 90 %: speed-up over the peer; extra memory in multiples of the weights"
+    report(title, rows, asked.rounds, asked.json)
+    if any("DIFFERENT" in row.note for row in rows):
+        raise SystemExit("masks differ from the peer's")
 
 
 if __name__ == "__main__":
-    pass
+    main()

@@ -40,7 +40,7 @@ def test_lookup_by_any_producer() -> None:
     assert "1.weight" not in groups
     assert groups.names == ["0.weight", "3.weight"]
     assert groups.prunable().names == groups.inner().names == ["0.weight"]
-    with pytest.raises(UnknownNameError, match="nearest: 0.weight"):
+    with pytest.raises(UnknownNameError, match=r"nearest: 0.weight"):
         groups["0.weigth"]
 
 

@@ -67,7 +67,7 @@ def test_a_row_is_exactly_what_makes_one_output_unit(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_spread_gives_every_weight_its_units_value(name):
-    layer, target = _one(name)
+    _, target = _one(name)
     per_unit = torch.arange(1.0, target.units + 1)
     spread = target.spread(per_unit).expand(target.shape)
     assert torch.equal(target.rows(spread), per_unit[:, None].expand(-1, target.fan_in))
@@ -166,7 +166,7 @@ def test_wrappers_are_looked_through():
 
 def test_a_parametrized_weight_is_refused_with_the_way_out():
     network = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
-    with pytest.raises(UsageError, match='layer "0".*remove_parametrizations'):
+    with pytest.raises(UsageError, match=r'layer "0".*remove_parametrizations'):
         find_targets(network)
 
 

@@ -264,8 +264,9 @@ def _step_of_another(network, x):
 
 
 def _failed_evaluation(network, x):
-    with pytest.raises(RuntimeError):
-        network.eval()(x.repeat(1, 2))
+    network.eval()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        network(x.repeat(1, 2))
     network.train()
 
 

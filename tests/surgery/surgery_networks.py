@@ -125,9 +125,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (Mlp, (5, 7)),
     "mlp_layer_norm": (lambda: Mlp(norm=True), (5, 7)),
     "mlp_layer_norm_plain": (
-        lambda: nn.Sequential(
-            nn.Linear(6, 9), nn.LayerNorm(9, elementwise_affine=False), nn.ReLU(), nn.Linear(9, 3)
-        ),
+        lambda: nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9, elementwise_affine=False), nn.ReLU(), nn.Linear(9, 3)),
         _FLAT,
     ),
     "rms_norm": (lambda: nn.Sequential(nn.Linear(6, 9), nn.RMSNorm(9), nn.ReLU(), nn.Linear(9, 3)), _FLAT),

@@ -78,7 +78,14 @@ def test_tied_layers_are_one_group() -> None:
     model, inputs = network("tied")
     group = trace_groups(model, inputs)["a.weight"]
     assert group.units == 10
-    assert {m.path for m in group.members} >= {"first.weight", "a.weight", "b.weight", "a.bias", "b.bias", "head.weight"}
+    assert {m.path for m in group.members} >= {
+        "first.weight",
+        "a.weight",
+        "b.weight",
+        "a.bias",
+        "b.bias",
+        "head.weight",
+    }
 
 
 class AddsInput(nn.Module):
@@ -204,7 +211,7 @@ def test_a_hang_ends_in_time() -> None:
 def test_a_crash_and_a_failure_are_one_line() -> None:
     with pytest.raises(TraceError, match="Dies failed: the tracing process died"):
         trace_groups(Dies(), torch.randn(1, 2))
-    with pytest.raises(TraceError, match="Mlp failed: RuntimeError: mat1 and mat2") as error:
+    with pytest.raises(TraceError, match=r"Mlp failed: RuntimeError: .*mat1 and mat2") as error:
         trace_groups(network("mlp")[0].float(), torch.randn(1, 3))
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="timeout=0"):

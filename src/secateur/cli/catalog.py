@@ -11,7 +11,7 @@ import typer
 from secateur.cli.console import errors_to_exit, out_json, table
 from secateur.errors import UnknownNameError
 
-__all__ = ["add_to", "method_rows"]
+__all__ = ["add_to"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
 
@@ -23,36 +23,13 @@ def add_to(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def method_rows() -> list[dict[str, Any]]:
-    """Every criterion and regularizer with what its class declares; imports no torch."""
-    from secateur.criteria import CRITERIA
-    from secateur.regularizers import REGULARIZERS
-
-    rows = []
-    for registry, phase in ((REGULARIZERS, "train"), (CRITERIA, "score")):
-        for name in registry.names():
-            kind = registry.load(name)
-            rows.append(
-                {
-                    "name": name,
-                    "kind": registry.kind,
-                    "phase": phase,
-                    "needs": sorted(kind.needs) if phase == "score" else [kind.acts_on],
-                    "granularities": list(kind.granularities),
-                    "state": "none" if phase == "score" else kind.state,
-                    "cost": kind.cost,
-                    "paper": kind.paper,
-                    "summary": kind.summary,
-                }
-            )
-    return rows
-
-
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None, json_: Json = False
 ) -> None:
     """List criteria and regularizers, or explain one. Example: secateur methods targeted_dropout"""
     with errors_to_exit(json_):
+        from secateur.lab.cards import method_rows
+
         rows = method_rows()
         if name is not None:
             _explain(name, rows, json_)

@@ -242,7 +242,7 @@ def _kth_smallest(arrays: Sequence[_Scores], k: int) -> tuple[float, int, int]:
     for array in arrays:
         for _, values in array.chunks():
             below += int(np.count_nonzero(values < low))
-            candidates = values[(values >= low) & (values <= high)]
+            candidates = values[np.flatnonzero((values >= low) & (values <= high))]
             # Values equal to a bracket end are counted, not collected: quantized or zero weights would fill memory.
             is_low, is_high = candidates == low, candidates == high
             at_low += int(np.count_nonzero(is_low))

@@ -146,7 +146,7 @@ class _Gatherer:
         value = self.loss(outputs, labels)
         if not bool(torch.isfinite(value)):
             raise DataError(
-                f"scoring: the loss is {float(value)} after {self.samples} samples; expected a finite number"
+                f"scoring: the loss is {float(value.detach())} after {self.samples} samples; expected a finite number"
             )
         names, tensors = list(self.parameters), list(self.parameters.values())
         for name, gradient in zip(names, torch.autograd.grad(value, tensors, allow_unused=True), strict=True):

@@ -13,7 +13,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
 
 from secateur.criteria import CRITERIA
 from secateur.errors import UnknownNameError, UsageError
@@ -84,7 +85,12 @@ def parameter_table(name: str) -> str:
         return "None.\n"
     notes = argument_notes(kind)
     rows = [
-        (f"`{f.name}`", f"`{f.type}`", "required" if f.default is MISSING else f"`{f.default!r}`", notes.get(f.name, ""))
+        (
+            f"`{f.name}`",
+            f"`{f.type}`",
+            "required" if f.default is MISSING else f"`{f.default!r}`",
+            notes.get(f.name, ""),
+        )
         for f in own
     ]
     return _table(("Name", "Type", "Default", "Meaning"), rows)
@@ -203,21 +209,26 @@ def _recipe_section(where: str, model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     rows = []
     for name, field in model.model_fields.items():
-        if (inner := _inner(field.annotation)[0]) is not None:
-            value = "the keys of `train`" if name == "fine_tune" else "see below"
-            kind = "list of mappings" if _inner(field.annotation)[1] else "mapping"
-            default = "none" if field.default is None else f"{inner.__name__.removesuffix('Spec')} defaults"
-            rows.append((f"`{name}`", kind, default, field.description or value))
+        if _inner(field.annotation)[0] is not None:
+            many = _inner(field.annotation)[1]
+            default = "none" if field.default is None else f"{'one entry of ' if many else ''}the defaults below"
+            meaning = "the keys of `train`" if name == "fine_tune" else f"see `{name}` below"
+            rows.append((f"`{name}`", "list of mappings" if many else "mapping", default, field.description or meaning))
             continue
-        kind = _kind(schema["properties"][name])
+        kind = _kind(schema["properties"][name], field)
         default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
         rows.append((f"`{name}`", kind, default, field.description or ""))
     title = f"### `{where}`" if where else "### Top level"
     return f"{title}\n\n{inspect.getdoc(model) or ''}\n\n{_table(('Key', 'Value', 'Default', 'Meaning'), rows)}"
 
 
-def _kind(schema: dict[str, Any]) -> str:
+def _kind(schema: dict[str, Any], field: FieldInfo | None = None) -> str:
     """A JSON schema in words: type, choices and range."""
+    validators = [*field.metadata, *(m for a in get_args(field.annotation) for m in get_args(a)[1:])] if field else []
+    if any(isinstance(v, AfterValidator) for v in validators):
+        return f"{'list of durations' if schema['type'] == 'array' else 'duration'}: `30ep`, `500it` or `0.4run`"
+    if any(isinstance(v, BeforeValidator) for v in validators):
+        return "a name, or a mapping with `name` and hyper-parameters"
     if "anyOf" in schema:
         return " or ".join(_kind(s) for s in schema["anyOf"])
     if "enum" in schema:

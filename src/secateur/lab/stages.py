@@ -123,7 +123,7 @@ def _weight_rows(context: Context, model: nn.Module, seed: int, spec: PruneSpec)
         targets=find_targets(model, spec.include, spec.exclude),
         batches=context.training_batches(),
     )
-    total = sum(p.numel() for p in model.parameters())
+    dense = measure_cost(model, context.example(1))
     for sparsity in spec.sparsities:
         context.listener.check_stop()
         masks = ranking.masks(sparsity)
@@ -132,9 +132,9 @@ def _weight_rows(context: Context, model: nn.Module, seed: int, spec: PruneSpec)
             yield {
                 **_row(context, model, spec, sparsity),
                 "sparsity_got": masks.sparsity,
-                "params_total": total,
-                "params_kept": total - (masks.total - masks.kept),
-                "macs": None,
+                "params_total": dense.params,
+                "params_kept": dense.params - (masks.total - masks.kept),
+                "macs": dense.macs,  # zeros are multiplied like any other number: only a cut saves MACs
                 "layers": [{"name": n, "kept": kept, "total": size} for n, kept, size in masks.layers()],
             }
 

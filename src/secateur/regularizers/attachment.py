@@ -62,6 +62,9 @@ class Attachment:
         if module.training and torch.is_grad_enabled():
             self._forwards += 1
             self.begin(args, kwargs)
+        elif torch.is_grad_enabled():
+            # It may have a backward pass of its own, which must find what its forward pass saw.
+            self.end()
         else:
             self.pause()
 

@@ -23,7 +23,8 @@ class WeightSwap(Attachment):
     parameter multiplies each gradient alike. The plain weights return before the optimizer steps (after its
     closure, if it is given one), `load_state_dict()`, `after_step` and `remove`, and for the time of an evaluation
     pass or `state_dict()`. Forward passes that share one backward pass share one draw; after a backward pass
-    (gradient accumulation) the next forward pass draws anew.
+    (gradient accumulation) the next forward pass draws anew. An evaluation pass with gradients enabled ends the
+    draw for good: run the backward pass of the training forward pass before it.
     """
 
     def __init__(self, spec: WeightNoise, model: nn.Module, targets: Targets | None, seed: int) -> None:

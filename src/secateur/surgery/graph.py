@@ -144,7 +144,7 @@ class _Closure:
             for i, node in enumerate(self.nodes)
             for side in ("prune_out_channels", "prune_in_channels")
         }
-        self.limit = max((size for size in self.size.values() if size is not None), default=0)
+        self.limit = max((size for size in self.size.values() if size is not None), default=1)
         self.lost: list[Ints] = []
         self.tied = self._tied()
 
@@ -155,8 +155,9 @@ class _Closure:
             if path is None or not isinstance(node.module, nn.Linear | nn.modules.conv._ConvNd):
                 continue
             if roots is None or any(fnmatchcase(path, pattern) for pattern in roots):
-                key = (i, "prune_out_channels")
-                queue.extend(self._reach(key, np.arange(self.size[key] or 0)))
+                module = node.module
+                units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+                queue.extend(self._reach((i, "prune_out_channels"), np.arange(units)))
         while queue:
             key, entries = queue.pop()
             queue.extend(self._spread(key, entries))
