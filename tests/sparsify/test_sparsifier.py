@@ -103,12 +103,10 @@ def test_misuse_is_told_in_one_line():
         Sparsifier(network, TargetedDropout(), steps=0)
     with pytest.raises(UsageError, match="not attached"):
         Sparsifier(network, TargetedDropout(), steps=1).penalty()
-    with (
-        Sparsifier(network.eval(), TargetedDropout(), steps=2) as sparsifier,
-        pytest.raises(NoEffectError, match=r"train\(\) mode"),
-    ):
+    with Sparsifier(network.eval(), TargetedDropout(), steps=2) as sparsifier:
         network(torch.randn(4, 5))
-        sparsifier.after_step()
+        with pytest.raises(NoEffectError, match=r"train\(\) mode"):
+            sparsifier.after_step()
 
 
 def test_one_epoch_is_the_whole_run_unless_told():

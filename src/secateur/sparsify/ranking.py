@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.allocation import allocate
-from secateur.core.granularity import Granularity, NofM, Unit, parse_granularity
+from secateur.core.granularity import Granularity, NofM, Unit, Weight, parse_granularity
 from secateur.core.groups import Group, Groups, unit_masks
 from secateur.core.masks import Masks
 from secateur.core.select import Rounding, Scope, Ties, prune_count, select
@@ -27,7 +27,7 @@ class SelectionRule:
     """How scores become masks; see `secateur.core.select.select` for scope, rounding, min_keep and ties.
 
     Args:
-        allocation: `"uniform"`, `"erk"` or a mapping (scope `"tensor"` only).
+        allocation: `"uniform"`, `"erk"` or a mapping (not with scope `"global"`).
     """
 
     scope: Scope = "tensor"
@@ -36,6 +36,13 @@ class SelectionRule:
     min_keep: int = 1
     ties: Ties = "index"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scope == "global" and self.allocation != "uniform":
+            raise UsageError(
+                f'scope "global" shares the sparsity out by score, so it takes no allocation, got {self.allocation!r}; '
+                'use scope "tensor"'
+            )
 
     def select(
         self, cells: Mapping[str, Tensor], sparsity: float | Mapping[str, float], absolute: bool
@@ -71,12 +78,21 @@ class Ranking:
         if isinstance(self.granularity, NofM):
             keep = self._n_of_m(sparsity)
         else:
-            if self.rule.scope == "tensor":
-                shares: float | Mapping[str, float] = allocate(self.targets, sparsity, self.rule.allocation)
-            else:
-                shares = sparsity
-            keep = self.rule.select(self.cells, shares, self.absolute)
+            shares: float | Mapping[str, float] = sparsity
+            if self.rule.scope != "global":
+                shares = allocate(self.targets, sparsity, self.rule.allocation)
+            keep = self._columns(shares) if self.rule.scope == "column" else self._select(self.cells, shares)
         return Masks({t.name: self.granularity.expand(t, keep[t.name]) for t in self.targets})
+
+    def _select(self, cells: Mapping[str, Tensor], shares: float | Mapping[str, float]) -> dict[str, Tensor]:
+        return self.rule.select(cells, shares, self.absolute)
+
+    def _columns(self, shares: float | Mapping[str, float]) -> dict[str, Tensor]:
+        """One row of cells per unit, however the layer stores its weight."""
+        if not isinstance(self.granularity, Weight):
+            return self._select(self.cells, shares)
+        keep = self._select({t.name: t.rows(self.cells[t.name]) for t in self.targets}, shares)
+        return {t.name: t.unrows(keep[t.name]).contiguous() for t in self.targets}
 
     def _n_of_m(self, sparsity: float) -> dict[str, Tensor]:
         assert isinstance(self.granularity, NofM)
