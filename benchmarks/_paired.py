@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import math
 import multiprocessing
@@ -135,7 +136,11 @@ def _peak_extra_bytes(action: Callable[..., Callable[[], Any]], args: tuple[Any,
     import torch
 
     torch.set_num_threads(1)
+    libc, m_mmap_threshold = ctypes.CDLL(None), -3
+    libc.mallopt(m_mmap_threshold, 1 << 16)  # what is freed goes back at once, so nothing old is reused unseen
     measured = action(*args)
+    gc.collect()
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     measured()

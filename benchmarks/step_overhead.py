@@ -160,9 +160,7 @@ def main() -> None:
     flags.add_argument("--case", default="", help="only cases whose name contains this")
     asked = flags.parse_args()
     steady()
-    rows = [
-        row for case in cases() if asked.case in case.name for row in measure(case, asked.rounds, asked.compiled)
-    ]
+    rows = [row for case in cases() if asked.case in case.name for row in measure(case, asked.rounds, asked.compiled)]
     title = f"Training step, ratio to the plain step{' (both compiled)' if asked.compiled else ''}"
     report(title, rows, asked.rounds, asked.json)
 

@@ -23,6 +23,7 @@ from secateur.regularizers.ddrop import DDrop
 from secateur.regularizers.dropout import Dropout
 from secateur.regularizers.none import NoRegularizer
 from secateur.regularizers.targeted_dropout import TargetedDropout
+from secateur.regularizers.weight_swap import WeightSwap
 from secateur.testing import check_criterion, check_regularizer
 
 
@@ -322,7 +323,13 @@ class _BrokenAttachment(_InputDropper):
         if self.how == "hidden state" and self.count > 5:
             for noise in self._noise.values():
                 noise.zero_()
-        if self.how in ("weights in place", "leaves noise"):
+        if self.how == "clears gradients":
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        if self.how == "casts" and torch.is_autocast_enabled("cpu"):
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.bfloat16()
+        if self.how == "weights in place":
             with torch.no_grad():
                 for parameter in self.parameters.values():
                     parameter.mul_(0.5)
@@ -364,6 +371,8 @@ class _BrokenAttachment(_InputDropper):
         ("unfreezes", "frozen parameters"),
         ("steps the frozen", "frozen parameters changed"),
         ("silent", "went unnoticed"),
+        ("clears gradients", "do not add up"),
+        ("casts", "under autocast .* became torch.bfloat16"),
         ("nan penalty", "penalty.. is nan"),
     ],
 )
@@ -395,24 +404,68 @@ def test_a_regularizer_that_breaks_the_graph_is_told_so():
         check_regularizer(_BreaksTheGraph())
 
 
-@dataclass(frozen=True)
-class _KeepsNoiseInClosure(WeightNoise):
-    """Doubles the weights through the swap, but its attachment does not look at closures."""
+class _NoClosure(WeightSwap):
+    def _then_end(self, closure):
+        return closure
 
+    def end(self):
+        # Without the guard against lost updates.
+        self._restore()
+
+
+class _NoStep(WeightSwap):
+    def _before_step(self, optimizer, args, kwargs):
+        return None
+
+    def end(self):
+        self._restore()
+
+
+class _NoSave(WeightSwap):
+    def pause(self):
+        if not self.saving:
+            super().pause()
+
+    saving = False
+
+    def __init__(self, spec, model, targets, seed):
+        super().__init__(spec, model, targets, seed)
+
+        def saving(value):
+            self.saving = value
+
+        self._handles.append(model.register_state_dict_pre_hook(lambda *_: saving(True)))
+        model._state_dict_pre_hooks.move_to_end(self._handles[-1].id, last=False)
+        self._handles.append(model.register_state_dict_post_hook(lambda *_: saving(False)))
+
+
+@dataclass(frozen=True)
+class _BrokenSwap(WeightNoise):
+    """Weight noise whose attachment forgets to put the plain weights back in one place."""
+
+    how: str = ""
     summary: ClassVar = "broken on purpose"
 
     def multiplier(self, target, weight, stream, progress):
-        return stream.bernoulli((target.units,), 0.5).reshape(-1, 1).float() if target.kind == "linear" else None
+        return target.spread(stream.bernoulli((target.units,), 0.5).float())
 
     def attach(self, model, targets=None, *, seed=0):
-        attachment = super().attach(model, targets, seed=seed)
-        attachment._then_end = lambda closure: closure
-        return attachment
+        kinds = {"closure": _NoClosure, "step": _NoStep, "save": _NoSave}
+        return kinds.get(self.how, WeightSwap)(self, model, targets, seed)
 
 
-def test_an_update_lost_in_a_closure_is_found():
-    with pytest.raises(AssertionError, match=r"optimizer.step\(closure\) did not update the plain weights"):
-        check_regularizer(_KeepsNoiseInClosure(), compiled=False)
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("closure", r"optimizer.step\(closure\) did not update the plain weights"),
+        ("step", "step 0: the optimizer did not update the plain weights"),
+        ("save", r"state_dict\(\) within a step holds .* with noise in it"),
+    ],
+)
+def test_noise_left_in_the_weights_is_found(how, message):
+    check_regularizer(_BrokenSwap(), compiled=False)
+    with pytest.raises(AssertionError, match=message):
+        check_regularizer(_BrokenSwap(how=how), compiled=False)
 
 
 # Errors of the registry and of attachments.

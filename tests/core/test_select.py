@@ -107,7 +107,47 @@ def test_every_float_type_and_non_contiguous_scores(dtype):
 def test_bad_input_is_refused_in_one_line():
     with pytest.raises(UsageError, match=r"\[0, 1\), got 1"):
         select({"w": torch.ones(3)}, 1.0)
-    with pytest.raises(DataError, match='scores of "w".*flat index 1'):
+    with pytest.raises(DataError, match=r'scores of "w".*flat index 1'):
         select({"w": torch.tensor([1.0, float("nan")])}, 0.5)
-    with pytest.raises(UsageError, match='unknown scope "glob".*global'):
+    with pytest.raises(UsageError, match=r'unknown scope "glob".*global'):
         select({"w": torch.ones(3)}, 0.5, scope="glob")
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(1, 12),
+    sparsities,
+    sparsities,
+    st.integers(0, 2),
+    st.sampled_from(["index", "random"]),
+)
+@settings(max_examples=100, deadline=None)
+def test_columns_are_exact_and_nested(rows, width, a, b, min_keep, ties):
+    generator = np.random.default_rng(rows * 100 + width)
+    x = {"w": torch.tensor(np.round(generator.normal(size=(rows, width))))}
+    kwargs = {"scope": "column", "min_keep": min_keep, "ties": ties, "seed": 5}
+    less, more = (select(x, s, **kwargs)["w"] for s in sorted((a, b)))
+    assert bool((less | ~more).all())
+    for keep, sparsity in ((less, min(a, b)), (more, max(a, b))):
+        expected = min(prune_count(width, sparsity), width - min(min_keep, width))
+        assert (~keep).sum(1).tolist() == [expected] * rows
+        for row in range(rows):
+            if expected and expected < width:
+                assert x["w"][row][~keep[row]].max() <= x["w"][row][keep[row]].min()
+
+
+@pytest.mark.parametrize("size", [10, 300_000])
+def test_infinite_scores_and_mixed_precision_are_ordered(size):
+    x = torch.arange(size, dtype=torch.float32)
+    x[3], x[7] = float("-inf"), float("inf")
+    keep = select({"a": x, "b": x.double()[: size // 2]}, 2 / (size + size // 2), scope="global")
+    gone = [(n, int(i)) for n in keep for i in (~keep[n]).nonzero()]
+    assert gone == [("a", 3), ("b", 3)]
+
+
+def test_one_sparsity_for_each_tensor():
+    x = {"a": torch.arange(10.0), "b": torch.arange(10.0)}
+    keep = select(x, {"a": 0.2, "b": 0.7})
+    assert [int(k.sum()) for k in keep.values()] == [8, 3]
+    with pytest.raises(UsageError, match="takes one sparsity"):
+        select(x, {"a": 0.2, "b": 0.7}, scope="global")

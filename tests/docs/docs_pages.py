@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from dataclasses import dataclass
@@ -76,17 +77,21 @@ def namespace() -> dict[str, Any]:
 
 
 def run_python(path: Path, found: dict[str, Any]) -> int:
-    """Run every Python block of a page in order, in one namespace; returns how many there were."""
+    """Run every Python block of a page in order, in one namespace (a named one as a module); returns how many."""
+    found.setdefault("__name__", "page")
     count = 0
     for block in blocks(path, "python"):
+        count += 1
         if block.file is not None:
             Path(block.file).write_text(block.text, encoding="utf-8")
+            importlib.invalidate_caches()
+            importlib.import_module(Path(block.file).stem)
+            continue
         # Line numbers in a traceback are those of the page.
         code = compile("\n" * block.line + block.text, str(path), "exec")
         with torch.random.fork_rng():
             torch.manual_seed(0)
             exec(code, found)
-        count += 1
     return count
 
 

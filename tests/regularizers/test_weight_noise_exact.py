@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secateur.core.duration import Progress
 from secateur.core.targets import find_targets
-from secateur.errors import NoEffectError
+from secateur.errors import NoEffectError, UsageError
 from secateur.regularizers.base import WeightNoise
 from secateur.regularizers.dropout import Dropout
 from secateur.regularizers.targeted_dropout import TargetedDropout
@@ -297,7 +297,12 @@ def test_evaluation_and_saving_in_a_step_see_plain_weights():
             if name in dict(network.named_parameters()):
                 assert torch.equal(tensor, plain[name]), name
         twin.load_state_dict(network.state_dict())
-        assert torch.equal(network.eval()(x), twin(x))
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(network.eval()(x), twin(x))
+        with torch.inference_mode():
+            assert torch.equal(network(x), twin(x))
+        assert torch.equal(network(x), twin(x))
         network.train()
         loss.backward()
         saved = network.state_dict()
@@ -477,6 +482,47 @@ def test_channels_last_weights_keep_their_layout():
         _loss(network, x).backward()
     assert [p.stride() for p in network.parameters()] == strides
     _assert_gradients(network, _expected(network, [(Recorded.draws[0], x)]))
+
+
+def test_an_update_that_would_be_lost_is_an_error():
+    network, data = _network("linear")
+    before = network[0].weight.detach().clone()
+    with TargetedDropout().attach(network) as attachment:
+        _loss(network, data(6)).backward()
+        # What an optimizer does that is no torch.optim.Optimizer.
+        with torch.no_grad():
+            network[0].weight.add_(1.0)
+        with pytest.raises(UsageError, match=r'"0\.weight" was written to .* call end\(\) before'):
+            attachment.after_step(Progress(1, 3, 1))
+        assert torch.equal(network[0].weight, before)
+        _loss(network, data(6)).backward()
+        attachment.end()
+        with torch.no_grad():
+            network[0].weight.add_(1.0)
+        attachment.after_step(Progress(2, 3, 1))
+        assert torch.equal(network[0].weight, before + 1.0)
+        _loss(network, data(6))
+        with torch.no_grad():
+            network[0].weight.add_(1.0)
+    assert torch.equal(network[0].weight, before + 1.0)
+
+
+def test_a_write_during_an_evaluation_in_a_step_is_kept():
+    network, data = _network("linear")
+
+    class Nudge(nn.Module):
+        def forward(self, x):
+            if not self.training:
+                network[0].weight.add_(1.0)
+            return x
+
+    network.append(Nudge())
+    before = network[0].weight.detach().clone()
+    with TargetedDropout().attach(network) as attachment:
+        _loss(network, data(6))
+        _evaluate(network, data(6))
+        attachment.after_step(Progress(1, 2, 1))
+    assert torch.equal(network[0].weight, before + 1.0)
 
 
 def test_a_forward_pass_of_the_wrong_object_is_noticed():

@@ -10,7 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,9 +22,16 @@ from secateur.errors import SecateurError
 if TYPE_CHECKING:
     from secateur.lab.listener import Listener
 
-__all__ = ["errors_to_exit", "human", "listening", "out_json", "table"]
+__all__ = ["errors_to_exit", "fail", "human", "listening", "out_json", "table"]
 
-human = Console(stderr=True, highlight=False)
+# Labels come from recipes: text in square brackets is text, not markup.
+human = Console(stderr=True, highlight=False, markup=False)
+
+
+_STORAGE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 
 
 def out_json(data: Any) -> None:
@@ -39,7 +46,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         shown.add_column(column, overflow="fold")
     for row in rows:
         shown.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(shown)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160).print(shown)
 
 
 @contextmanager
@@ -48,16 +55,17 @@ def errors_to_exit(as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except SecateurError as error:
-        _fail(str(error), type(error).__name__, error.exit_code, as_json)
+        fail(str(error), type(error).__name__, error.exit_code, as_json)
     except KeyboardInterrupt:
-        _fail("interrupted", "Interrupted", 130, as_json)
+        fail("interrupted", "Interrupted", 130, as_json)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM, errno.ENOTDIR):
+        if error.errno not in _STORAGE:
             raise
-        _fail(f"cannot write {error.filename}: {error.strerror}", "StorageError", 1, as_json)
+        fail(f"cannot use {error.filename or 'a file'}: {error.strerror}", "StorageError", 1, as_json)
 
 
-def _fail(message: str, kind: str, code: int, as_json: bool) -> None:
+def fail(message: str, kind: str, code: int, as_json: bool) -> NoReturn:
+    """Say what failed in one line on stderr (and as JSON on stdout), and leave with `code`."""
     line = " ".join(message.split())
     if as_json:
         out_json({"error": {"type": kind, "message": line, "exit_code": code}})
@@ -94,10 +102,16 @@ def listening(quiet: bool) -> Iterator[Listener]:
             if not quiet:
                 human.print(f"  ....  {text}")
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     bars = None
     if human.is_terminal and not quiet:
-        bars = Progress(*columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=human, transient=True)
+        bars = Progress(
+            *columns,
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            console=human,
+            transient=True,
+        )
     listener = Bars(bars)
     with _stopping(listener):
         if bars is None:

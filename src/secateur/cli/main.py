@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from secateur._version import __version__
 from secateur.cli import catalog, files
-from secateur.cli.console import errors_to_exit, human, listening, out_json, table
+from secateur.cli.console import errors_to_exit, fail, human, listening, out_json, table
 from secateur.errors import CheckNotMetError, UsageError
 
 __all__ = ["app", "main"]
@@ -131,9 +132,12 @@ def _parse_seeds(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f'--seeds "{text}": expected numbers like 0-4 or 0,2,5')
-        found += range(int(first), int(last or first) + 1)
+        numbers = range(int(first), int(last or first) + 1)
+        if not 1 <= len(numbers) <= 10_000:
+            raise UsageError(f'--seeds "{text}": {part.strip()} names {len(numbers)} seeds, expected 1 to 10000')
+        found += numbers
     return found
 
 
@@ -154,6 +158,8 @@ def _run(
 ) -> None:
     with errors_to_exit(as_json):
         loaded = _load(recipe, overrides, seeds, allow_code)
+        if fail_under is not None and loaded.final is None:
+            raise UsageError("--fail-under: the recipe delivers no network; give it a final section")
         with listening(quiet or as_json) as listener:
             listener.message(f"{loaded.name} ({loaded.hash})")
             from secateur.lab.context import Options
@@ -168,15 +174,12 @@ def _run(
         else:
             typer.echo("\n".join(summary_lines(result)))
             typer.echo(f"report: {Path(result['folder']) / 'report' / 'report.html'}")
-        _check_accuracy(result, fail_under)
+    if fail_under is not None:
+        with errors_to_exit():  # the result is on stdout already, so this says only that it is not enough
+            _check_accuracy(result["final"], fail_under)
 
 
-def _check_accuracy(result: dict[str, object], fail_under: float | None) -> None:
-    if fail_under is None:
-        return
-    final = result["final"]
-    if not isinstance(final, dict):
-        raise UsageError("--fail-under: the recipe delivers no network; give it a final section")
+def _check_accuracy(final: dict[str, Any], fail_under: float) -> None:
     reached = final["accuracy"].get("fine_tuned", final["accuracy"]["cut"])
     if reached < fail_under:
         raise CheckNotMetError(f"accuracy of the delivered network is {reached:.4f}, below --fail-under {fail_under:g}")
@@ -224,4 +227,22 @@ def main() -> None:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except typer.TyperException as error:  # an unknown command or option, a missing argument
+        message = error.format_message().rstrip(".")
+        if not message:  # no command at all: the help is on the screen already
+            sys.exit(2)
+        try:
+            fail(f"{message}; see {_asked()} --help", "UsageError", 2, "--json" in sys.argv)
+        except typer.Exit as exit_:
+            code = exit_.exit_code
+    sys.exit(code)
+
+
+def _asked() -> str:
+    """The command that was typed, without its arguments."""
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    return " ".join(["secateur", *(word for word in sys.argv[1:2] if word in names)])

@@ -115,29 +115,42 @@ def select(
 
 
 class _Scores:
-    """Read access to one score tensor as flat NumPy chunks, absolute value taken on the way."""
+    """Read access to one score tensor as flat NumPy chunks, absolute value taken on the way.
+
+    Cells listed in `safe` read as infinite: they are out of the contest.
+    """
 
     def __init__(self, name: str, tensor: Tensor, absolute: bool) -> None:
         data = tensor.detach()
         if data.dtype in (torch.bfloat16, torch.float16):
             data = data.float()
+        elif not data.is_floating_point():
+            data = data.double()
         self.name, self.absolute, self.shape = name, absolute, tuple(tensor.shape)
         self.flat: _Array = data.cpu().contiguous().view(-1).numpy()
         self.size = int(self.flat.size)
+        self.safe: _Array = np.empty(0, np.intp)
 
     def chunks(self) -> Iterator[tuple[int, _Array]]:
         """(offset, values) pieces that fit the cache."""
         buffer = np.empty(min(_CHUNK, self.size), self.flat.dtype) if self.absolute else None
         for start in range(0, self.size, _CHUNK):
             piece = self.flat[start : start + _CHUNK]
-            yield start, np.abs(piece, out=buffer[: piece.size]) if buffer is not None else piece
+            values = np.abs(piece, out=buffer[: piece.size]) if buffer is not None else piece
+            first, last = np.searchsorted(self.safe, (start, start + _CHUNK))
+            if first < last:
+                values = values.copy()
+                values[self.safe[first:last] - start] = np.inf
+            yield start, values
 
     def take(self, index: _Array) -> _Array:
         values = self.flat[index]
         return np.abs(values) if self.absolute else values
 
     def all(self) -> _Array:
-        return np.abs(self.flat) if self.absolute else self.flat
+        values = np.abs(self.flat) if self.absolute else self.flat.copy()
+        values[self.safe] = np.inf
+        return values
 
 
 def _as_mask(keep: _Array, like: Tensor) -> Tensor:
@@ -150,6 +163,17 @@ def _protected(arrays: Mapping[str, _Scores], min_keep: int) -> int:
 
 def _lowest_pruned(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int, min_keep: int) -> list[_Array]:
     """Keep all but the `count` lowest over all arrays; the `min_keep` highest of each array are safe."""
+    keep = _contest(arrays, count, ties, seed)
+    if all(np.count_nonzero(k) >= min(min_keep, k.size) for k in keep):
+        return keep
+    for array in arrays:
+        (best,) = _contest([array], array.size - min(min_keep, array.size), ties, seed)
+        array.safe = np.flatnonzero(best)
+    return _contest(arrays, count, ties, seed)
+
+
+def _contest(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int) -> list[_Array]:
+    """Keep all but the `count` lowest over all arrays, and every safe cell."""
     if count == 0:
         for array in arrays:
             _refuse_nan(array)
@@ -158,27 +182,9 @@ def _lowest_pruned(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int,
     keep = [_above(a, threshold) for a in arrays]
     if below + equal > count:
         _settle_ties(arrays, keep, threshold, count - below, ties, seed)
-    if all(np.count_nonzero(k) >= min(min_keep, k.size) for k in keep):
-        return keep
-    return _lowest_pruned_with_safe(arrays, count, ties, seed, min_keep)
-
-
-def _lowest_pruned_with_safe(
-    arrays: Sequence[_Scores], count: int, ties: Ties, seed: int, min_keep: int
-) -> list[_Array]:
-    """The same by a full sort, with the best cells of each array taken out of the contest first."""
-    values = np.concatenate([a.all() for a in arrays])
-    owner = np.concatenate([np.full(a.size, i) for i, a in enumerate(arrays)])
-    keys = np.arange(values.size) if ties == "index" else np.concatenate([_tie_keys(a, seed) for a in arrays])
-    order = np.lexsort((keys, values))
-    free = np.ones(values.size, bool)
-    for i, array in enumerate(arrays):
-        own = order[owner[order] == i]
-        free[own[array.size - min(min_keep, array.size) :]] = False
-    pruned = order[free[order]][:count]
-    keep = np.ones(values.size, bool)
-    keep[pruned] = False
-    return np.split(keep, np.cumsum([a.size for a in arrays])[:-1])
+    for array, mask in zip(arrays, keep, strict=True):
+        mask[array.safe] = True
+    return keep
 
 
 def _tie_keys(array: _Scores, seed: int) -> _Array:
@@ -214,7 +220,8 @@ def _settle_ties(
 
 def _equal_indices(array: _Scores, threshold: float) -> _Array:
     found = [start + np.flatnonzero(values == threshold) for start, values in array.chunks()]
-    return np.concatenate(found) if found else np.empty(0, np.intp)
+    equal = np.concatenate(found) if found else np.empty(0, np.intp)
+    return np.setdiff1d(equal, array.safe, assume_unique=True) if array.safe.size else equal
 
 
 def _refuse_nan(array: _Scores) -> None:

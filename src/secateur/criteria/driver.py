@@ -99,8 +99,7 @@ def gather_evidence(
         gatherer.run(batches)
         collected = gatherer.results(targets)
     return {
-        t.name: Evidence(target=t, weight=parameters[t.name].detach(), seed=seed, **collected[t.name])
-        for t in targets
+        t.name: Evidence(target=t, weight=parameters[t.name].detach(), seed=seed, **collected[t.name]) for t in targets
     }
 
 

@@ -64,7 +64,6 @@ def header_table(name: str) -> str:
     kind = _class(row)
     acts = "Needs" if row["phase"] == "score" else "Acts on"
     lines = [
-        ("Name", f"`{name}`"),
         ("Kind", row["kind"]),
         ("Class", f"`{kind.__module__}.{kind.__qualname__}`"),
         ("Summary", row["summary"]),
@@ -74,7 +73,7 @@ def header_table(name: str) -> str:
         ("Cost", row["cost"]),
         ("Origin", row["paper"]),
     ]
-    return _table(("", ""), lines)
+    return _table(("Name", f"`{name}`"), lines)
 
 
 def parameter_table(name: str) -> str:
@@ -96,23 +95,19 @@ def parameter_table(name: str) -> str:
     return _table(("Name", "Type", "Default", "Meaning"), rows)
 
 
-def comparison_table() -> str:
-    """All methods side by side; names link to their cards."""
-    rows = [
-        (
-            f"[`{r['name']}`]({r['name']}.md)",
-            r["kind"],
-            r["summary"],
-            ", ".join(r["granularities"]),
-            ", ".join(r["needs"]),
-            r["state"],
-            r["cost"],
-            r["paper"],
-        )
-        for r in method_rows()
-    ]
-    head = ("Name", "Kind", "Summary", "Granularities", "Needs or acts on", "State", "Cost", "Origin")
-    return _table(head, rows)
+def comparison_table(phase: str) -> str:
+    """All methods of one phase (`"train"` or `"score"`) side by side; names link to their cards."""
+    columns = {"summary": "Summary", "granularities": "Granularities"}
+    columns["needs"] = "Acts on" if phase == "train" else "Needs"
+    if phase == "train":
+        columns["state"] = "State"
+    columns |= {"cost": "Cost", "paper": "Origin"}
+    rows = []
+    for row in method_rows():
+        if row["phase"] == phase:
+            cells = [", ".join(row[c]) if isinstance(row[c], list) else row[c] for c in columns]
+            rows.append((f"[`{row['name']}`]({row['name']}.md)", *cells))
+    return _table(("Name", *columns.values()), rows)
 
 
 def recipe_tables() -> str:
@@ -145,7 +140,8 @@ def argument_notes(kind: type) -> dict[str, str]:
 def refresh(text: str) -> str:
     """`text` with every generated block brought up to date.
 
-    Raises: `UsageError` for a block whose key is none of `header NAME`, `parameters NAME`, `methods`, `recipe`.
+    Raises: `UsageError` for a block whose key is none of `header NAME`, `parameters NAME`, `methods train`,
+        `methods score`, `recipe`.
     """
     return _BLOCK.sub(lambda m: f"{m[1]}\n{_generate(m['key'])}\n{m[3]}", text)
 
@@ -168,11 +164,11 @@ def _generate(key: str) -> str:
         return header_table(name)
     if what == "parameters":
         return parameter_table(name)
-    if key == "methods":
-        return comparison_table()
+    if what == "methods" and name in ("train", "score"):
+        return comparison_table(name)
     if key == "recipe":
         return recipe_tables()
-    raise UsageError(f'generated block "{key}": expected header NAME, parameters NAME, methods or recipe')
+    raise UsageError(f'generated block "{key}": expected header NAME, parameters NAME, methods train|score or recipe')
 
 
 def _row(name: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from secateur.errors import CheckpointError, StorageError
 
-__all__ = ["load_tensors", "optimizer_state", "restore_optimizer", "save_tensors", "write_atomically"]
+__all__ = ["fitting", "load_tensors", "optimizer_state", "restore_optimizer", "save_tensors", "write_atomically"]
 
 _FORMAT = "secateur-checkpoint"
 
@@ -39,7 +40,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+        with suppress(OSError):
+            partial.unlink()
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another --out"
         ) from error
@@ -48,7 +50,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote. `CheckpointError` for truncated, foreign or pickled files; never unpickles."""
     try:
-        head = path.open("rb").read(4)
+        with path.open("rb") as stream:
+            head = stream.read(4)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
@@ -64,6 +67,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: truncated or not a safetensors file ({error}); delete it to start over"
+        ) from error
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Around putting what `path` held into a network: `CheckpointError` where it belongs to another one."""
+    try:
+        yield
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: belongs to another network or training ({line}); delete it to redo that stage"
         ) from error
 
 
@@ -93,7 +108,8 @@ def restore_optimizer(
         if isinstance(value, Tensor):
             if value.dim() and value.shape != parameter.shape:
                 raise CheckpointError(
-                    f'optimizer state "{key}" of "{owner}" has shape {list(value.shape)}, expected {list(parameter.shape)}'
+                    f'optimizer state "{key}" of "{owner}" has shape {list(value.shape)}, '
+                    f"expected {list(parameter.shape)}"
                 )
             # Adam keeps its step counter on the CPU; moments live with their parameter.
             value = value.to(parameter.device) if value.dim() else value.clone()

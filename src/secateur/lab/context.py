@@ -110,14 +110,15 @@ class Context:
     def loader(self, spec: TrainSpec, seed: int) -> Loader:
         """Training batches; a last batch of a single image is left out, because BatchNorm cannot use it."""
         data = self.data
+        batch_size = min(spec.batch_size, len(data.train_labels))
         return Loader(
             data.train_images,
             data.train_labels,
-            spec.batch_size,
+            batch_size,
             seed,
             normalize=data.normalize,
             augment=spec.augment,
-            drop_last=len(data.train_labels) % spec.batch_size == 1,
+            drop_last=batch_size > 1 and len(data.train_labels) % batch_size == 1,
         )
 
     def training_batches(self) -> Iterable[tuple[Tensor, Tensor]]:

@@ -24,12 +24,18 @@ __all__ = [
 ]
 
 
+_LONGEST = 1e12
+
+
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 def _duration(value: str) -> str:
-    return str(Duration.parse(value))
+    duration = Duration.parse(value)
+    if duration.value > _LONGEST:
+        raise ValueError(f'duration "{value}" is longer than anything that ends; expected at most {_LONGEST:g}')
+    return str(duration)
 
 
 def _named(value: Any) -> Any:
@@ -152,7 +158,7 @@ class FinalSpec(_Spec):
 class Recipe(_Spec):
     """One experiment: every seed under every method, pruned every way; then one network delivered."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     description: str = ""
     seeds: tuple[int, ...] = (0,)
     data: DataSpec = DataSpec()
@@ -172,6 +178,12 @@ class Recipe(_Spec):
         if self.final is not None:
             if self.final.method not in ("best", *labels):
                 raise ValueError(f'final.method "{self.final.method}" is no method; known: best, {", ".join(labels)}')
+            tuned = self.final.fine_tune
+            if tuned is not None and tuned.precision != self.train.precision:
+                raise ValueError(
+                    f'final.fine_tune.precision "{tuned.precision}" differs from train.precision '
+                    f'"{self.train.precision}"; a run computes in one'
+                )
             if self.final.prune >= len(self.prune) or self.prune[self.final.prune].granularity != "unit":
                 raise ValueError("final.prune must be the number of a prune entry with granularity unit")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from secateur.errors import RecipeError, UnknownNameError, UsageError, nearest
 from secateur.lab.plugins import make_criterion, make_regularizer
@@ -38,11 +40,14 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, allow_code
     path = _find(source)
     data = _parse(path)
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {type(data).__name__}")
+        got = "an empty file" if data is None else type(data).__name__
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, got {got}")
     for text in overrides:
         _override(data, text)
     try:
-        recipe = Recipe.model_validate(_plain(data))
+        recipe = Recipe.model_validate(_plain(data, data, path, []))
+    except RecursionError as error:
+        raise RecipeError(f"{path}: contains itself, or is nested too deep") from error
     except ValidationError as error:
         raise RecipeError(_explain(error, data, path)) from error
     _check_plugins(recipe, data, path, allow_code)
@@ -75,7 +80,7 @@ def _parse(path: Path) -> Any:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from error
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, ValueError, OSError, RecursionError) as error:
         raise RecipeError(f"{path}: cannot be read as YAML: {error}") from error
 
 
@@ -86,7 +91,10 @@ def _override(data: Any, text: str) -> None:
     *parents, last = key.split(".")
     for part in parents:
         data = _step_into(data, part, text)
-    parsed = YAML(typ="safe").load(value) if value else None
+    try:
+        parsed = YAML(typ="safe").load(value) if value else None
+    except (YAMLError, ValueError) as error:
+        raise UsageError(f'--set "{text}": the value is not valid YAML; quote it') from error
     if isinstance(data, list):
         data[_list_index(data, last, text)] = parsed
     elif isinstance(data, dict):
@@ -102,21 +110,38 @@ def _step_into(data: Any, part: str, text: str) -> Any:
         raise UsageError(f'--set "{text}": nothing to set below "{part}"')
     if isinstance(data.get(part), str):
         data[part] = {"name": data[part]}  # `criterion: magnitude` is short for `{name: magnitude}`
-    return data.setdefault(part, {})
+    if data.get(part) is None:
+        data[part] = {}
+    return data[part]
 
 
 def _list_index(data: list[Any], part: str, text: str) -> int:
-    if not part.isdigit() or int(part) >= len(data):
+    if not part.isdecimal() or int(part) >= len(data):
         raise UsageError(f'--set "{text}": "{part}" is no entry of a list of {len(data)} (numbered from 0)')
     return int(part)
 
 
-def _plain(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {str(k): _plain(v) for k, v in data.items()}
-    if isinstance(data, list):
-        return [_plain(v) for v in data]
-    return data
+def _plain(value: Any, data: Any, path: Path, location: list[Any]) -> Any:
+    """`value`, found at `location` of `data`, as JSON would have it: no dates, tags, sets, infinities."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v, data, path, [*location, k]) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v, data, path, [*location, i]) for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, ScalarBoolean):
+        return bool(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    shown = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
+    raise RecipeError(
+        f"{path}:{_line(data, location)}: {_key_path(location)}: got {shown}, expected text, a finite number, "
+        "true, false, a list or a mapping"
+    )
 
 
 def _explain(error: ValidationError, data: Any, path: Path) -> str:

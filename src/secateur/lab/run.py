@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 
 from secateur.analysis.latency import device_name
-from secateur.errors import StorageError
+from secateur.errors import CheckpointError, StorageError, UsageError
 from secateur.lab.context import Context, Options
-from secateur.lab.final import choose_method, run_final
+from secateur.lab.final import choose_method, final_stage, run_final
 from secateur.lab.listener import Listener
 from secateur.lab.provenance import provenance
 from secateur.lab.recipe import MethodSpec, Recipe
@@ -90,16 +91,22 @@ def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = Non
 
 
 def list_runs(out: Path) -> list[dict[str, Any]]:
-    """Every run under an output folder: name, folder, whether it is complete."""
+    """Every run under an output folder: name, folder, whether it is complete; a damaged result is not.
+
+    Raises: `UsageError` if there is no such folder.
+    """
+    if not out.is_dir():
+        raise UsageError(f"{out}: no such folder; name the one given to run as --out")
     found = []
     for path in sorted(out.glob("*/recipe.yaml")):
         folder = path.parent
-        complete = (folder / "result.json").is_file()
-        result = read_json(folder / "result.json") if complete else {}
+        result: dict[str, Any] = {}
+        with suppress(CheckpointError, TypeError, ValueError):
+            result = dict(read_json(folder / "result.json"))
         found.append(
             {
                 "folder": str(folder),
-                "complete": complete,
+                "complete": bool(result),
                 "created": result.get("created"),
                 "wall_seconds": result.get("wall_seconds"),
                 "rows": len(result.get("rows", [])),
@@ -147,7 +154,7 @@ def _prune_all(context: Context) -> list[dict[str, Any]]:
     for number, spec in enumerate(context.recipe.prune):
         for method, seed in _columns(context.recipe):
             context.listener.check_stop()
-            title, cached = f"prune by {spec.granularity}: {method.label}, seed {seed}", False
+            title = f"prune by {spec.granularity}: {method.label}, seed {seed}"
             cached = prune_stage(context, method, seed, spec).done
             context.listener.stage_started(title, 0)
             own = run_prune(context, method, seed, spec)
@@ -166,7 +173,11 @@ def _final(context: Context, rows: list[dict[str, Any]]) -> dict[str, Any] | Non
         return None
     method, reason = choose_method(context, spec, rows)
     title = f"deliver {method.label} at {spec.sparsity:.0%} of units"
+    stage = final_stage(context, method, context.recipe.seeds[0], spec)
+    if not context.options.resume:
+        stage.forget()
+    cached = stage.done
     context.listener.stage_started(title, 0)
     delivered = run_final(context, method, context.recipe.seeds[0], spec)
-    context.listener.stage_finished(title, False)
+    context.listener.stage_finished(title, cached)
     return {"method": method.label, "chosen": reason, **delivered}

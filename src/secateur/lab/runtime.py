@@ -67,9 +67,9 @@ def _accelerator(device: str) -> tuple[str, Any]:
     kind, _, index = device.partition(":")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu":
+    if kind == "cpu" and not index:
         return "cpu", 1
-    if kind == "cuda":
+    if kind == "cuda" and (index.isdecimal() or not index):
         if not torch.cuda.is_available():
             raise _NoDevice(f'device "{device}" is not available here; use --device cpu')
         return "cuda", [int(index)] if index else 1

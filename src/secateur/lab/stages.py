@@ -16,7 +16,7 @@ from secateur.analysis.latency import Latency, measure_latency
 from secateur.core.groups import Groups
 from secateur.core.targets import find_targets
 from secateur.errors import VacuousProofError
-from secateur.lab.checkpoint import load_tensors, save_tensors
+from secateur.lab.checkpoint import fitting, load_tensors, save_tensors
 from secateur.lab.context import Context
 from secateur.lab.plugins import make_criterion, make_regularizer
 from secateur.lab.recipe import MethodSpec, PruneSpec
@@ -82,14 +82,18 @@ def run_train(context: Context, method: MethodSpec, seed: int) -> dict[str, Any]
             listener=context.listener,
         )
         save_tensors(stage.folder / "model.safetensors", model.state_dict(), {"seed": seed})
+        finished = stage.finish({**asdict(outcome), "top1": context.test(model).top1})
+        # Only now: until the result is there, the checkpoint is all that an interruption leaves.
         (stage.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-        return stage.finish({**asdict(outcome), "top1": context.test(model).top1})
+        return finished
 
 
 def trained_model(context: Context, method: MethodSpec, seed: int) -> nn.Module:
     """The network that `run_train` left."""
-    tensors, _ = load_tensors(train_stage(context, method, seed).folder / "model.safetensors")
-    return context.model(seed, tensors)
+    path = train_stage(context, method, seed).folder / "model.safetensors"
+    tensors, _ = load_tensors(path)
+    with fitting(path):
+        return context.model(seed, tensors)
 
 
 def prune_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> Stage:
@@ -215,10 +219,11 @@ def recalibrate_(model: nn.Module, context: Context) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [m.momentum for m in norms]
     training = model.training
+    model.eval()  # dropout would be noise in the statistics, and draw from the global generator
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    model.train()
+        norm.train()
     for inputs, _ in context.training_batches():
         model(inputs)
     model.train(training)

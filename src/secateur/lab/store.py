@@ -22,18 +22,18 @@ __all__ = ["Stage", "Store", "locked", "read_json", "write_json"]
 @contextmanager
 def locked(folder: Path, wait: float) -> Iterator[None]:
     """Hold `folder` against other processes; `BusyError` if that takes longer than `wait` seconds (-1: forever)."""
+    lock = FileLock(folder / ".lock", timeout=wait)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=wait)
-        with lock:
-            yield
+        lock.acquire()
     except Timeout as error:
         raise BusyError(f"{folder} is in use by another process; wait for it, or choose another --out") from error
     except OSError as error:
-        # Only what locking itself raises: errors of the work inside arrive as SecateurError or keep their type.
-        if error.filename is not None and Path(str(error.filename)).is_relative_to(folder):
-            raise StorageError(f"cannot write {error.filename}: {error.strerror}; choose another --out") from error
-        raise
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -74,12 +74,20 @@ class Stage:
 
     def result(self) -> dict[str, Any]:
         """What `finish` stored."""
-        return read_json(self.folder / "result.json")
+        path = self.folder / "result.json"
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise CheckpointError(
+                f"{path}: expected a JSON object, got {type(found).__name__}; delete it to redo that stage"
+            )
+        return found
 
     @contextmanager
     def work(self) -> Iterator[None]:
         """Hold the stage while working on it; another process that wants it waits."""
         with locked(self.folder, wait=-1):
+            for leftover in self.folder.glob(".*.partial"):  # of a process killed while writing
+                leftover.unlink(missing_ok=True)
             if not (self.folder / "stage.json").is_file():
                 write_json(self.folder / "stage.json", self.spec)
             yield
@@ -89,6 +97,14 @@ class Stage:
         return dict(result)
 
     def forget(self) -> None:
-        """Delete what the stage holds, so that it is done again."""
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        """Delete what the stage holds, so that it is done again; waits for a process that is working on it."""
+        if not self.folder.is_dir():
+            return
+        with locked(self.folder, wait=-1):
+            # The result goes first and the lock stays: others must neither trust half a stage nor enter it.
+            (self.folder / "result.json").unlink(missing_ok=True)
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()

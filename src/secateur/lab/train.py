@@ -18,7 +18,7 @@ from secateur.core.duration import Duration
 from secateur.core.masks import Masks
 from secateur.core.seeds import keyed_seed
 from secateur.core.targets import Targets
-from secateur.errors import DivergedError, UsageError
+from secateur.errors import DivergedError, StorageError, UsageError
 from secateur.lab import checkpoint as ckpt
 from secateur.lab.data import Loader
 from secateur.lab.evaluate import Evaluation
@@ -121,7 +121,7 @@ def train(
             loss: Tensor = nn.functional.cross_entropy(engine(inputs), labels) + sparsifier.penalty()
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise DivergedError(_diverged(value, step, loader.steps_per_epoch, rate, state))
+                raise DivergedError(_diverged(f"the loss is {value}", step, loader.steps_per_epoch, rate, state))
             optimizer.zero_grad()
             runtime.backward(loss)
             if spec.grad_clip is not None:
@@ -132,6 +132,9 @@ def train(
             state.step, state.seconds = step + 1, state.seconds + time.perf_counter() - started
             if state.step % evaluate_every == 0 or state.step == steps:
                 measured = evaluation(model)
+                if not math.isfinite(measured.loss):
+                    what = f"the loss on held-out data is {measured.loss}"
+                    raise DivergedError(_diverged(what, step, loader.steps_per_epoch, rate, state))
                 state.note(loader.steps_per_epoch, measured, rate)
             listener.advanced(state.step, f"loss {value:.3f}")
             if listener.stop:
@@ -144,15 +147,10 @@ def train(
     return TrainResult(steps, state.seconds, state.history[-1]["loss"], state.history)
 
 
-def _diverged(value: float, step: int, steps_per_epoch: int, rate: float, state: _State) -> str:
-    kept = (
-        f"the last good checkpoint (step {state.saved_step}) is in {state.path}"
-        if state.saved_step
-        else ("no checkpoint had been written yet")
-    )
+def _diverged(what: str, step: int, steps_per_epoch: int, rate: float, state: _State) -> str:
     return (
-        f"the loss is {value} at step {step + 1} (epoch {step // steps_per_epoch + 1}), learning rate {rate:g}; "
-        f"{kept}; lower the learning rate or clip gradients (train.grad_clip)"
+        f"{what} at step {step + 1} (epoch {step // steps_per_epoch + 1}), learning rate {rate:g}; "
+        f"{state.kept()}; lower the learning rate or clip gradients (train.grad_clip)"
     )
 
 
@@ -168,6 +166,12 @@ class _State:
         self.history: list[dict[str, Any]] = []
         self.running: list[float] = []  # losses since the last evaluation
 
+    def kept(self) -> str:
+        """What there is to go back to, in words."""
+        if not self.saved_step:
+            return "no checkpoint had been written yet"
+        return f"the last good checkpoint (step {self.saved_step}) is in {self.path}"
+
     def note(self, steps_per_epoch: int, measured: Evaluation, rate: float) -> None:
         entry = {
             "step": self.step,
@@ -179,10 +183,25 @@ class _State:
         }
         self.history.append(entry)
         self.running = []
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        self._write_metrics("a", json.dumps(entry) + "\n")
+
+    def _write_metrics(self, mode: str, text: str) -> None:
+        try:
+            with self._metrics.open(mode, encoding="utf-8") as stream:
+                stream.write(text)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self._metrics}: {error.strerror or error}; free space or choose another --out"
+            ) from error
 
     def save(self) -> None:
+        """Write the checkpoint; raise `DivergedError` instead if a weight is not finite, and keep the last good one."""
+        for name, tensor in self._model.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise DivergedError(
+                    f'"{name}" is not finite after step {self.step}; {self.kept()}; lower the learning rate or clip '
+                    "gradients (train.grad_clip)"
+                )
         moments, plain = ckpt.optimizer_state(self._model, self._optimizer)
         parts = {
             "model": self._model.state_dict(),
@@ -200,15 +219,19 @@ class _State:
         """Continue from the checkpoint if there is one; metrics written after it are dropped."""
         if self.path.is_file():
             tensors, values = ckpt.load_tensors(self.path)
-            parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sparsifier": {}, "rng": {}}
-            for name, tensor in tensors.items():
-                part, _, key = name.partition("/")
-                parts[part][key] = tensor
-            self._model.load_state_dict(parts["model"])
-            ckpt.restore_optimizer(self._model, self._optimizer, parts["optimizer"], values["optimizer"])
-            self._sparsifier.load_state_dict(parts["sparsifier"])
-            ckpt.restore_global_rng(parts["rng"])
-            self.step = self.saved_step = int(values["step"])
-            self.seconds, self.history = float(values["seconds"]), list(values["history"])
-            self.running = list(values["running"])
-        self._metrics.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
+            with ckpt.fitting(self.path):
+                self._take(tensors, values)
+        self._write_metrics("w", "".join(json.dumps(entry) + "\n" for entry in self.history))
+
+    def _take(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sparsifier": {}, "rng": {}}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition("/")
+            parts[part][key] = tensor
+        self._model.load_state_dict(parts["model"])
+        ckpt.restore_optimizer(self._model, self._optimizer, parts["optimizer"], values["optimizer"])
+        self._sparsifier.load_state_dict(parts["sparsifier"])
+        ckpt.restore_global_rng(parts["rng"])
+        self.step = self.saved_step = int(values["step"])
+        self.seconds, self.history = float(values["seconds"]), list(values["history"])
+        self.running = list(values["running"])

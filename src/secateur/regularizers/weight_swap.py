@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from secateur.core.targets import Targets
+from secateur.errors import UsageError
 from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import WeightNoise
 
@@ -33,6 +34,8 @@ class WeightSwap(Attachment):
         self._plain: dict[str, Tensor] = {}
         self._noisy: dict[str, Tensor] = {}
         self._multipliers: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._lost: list[str] = []
         self._used = self._paused = False
         self._had_hooks = {n: p._backward_hooks is not None for n, p in self.parameters.items()}
         self._hooked: set[str] = set()
@@ -94,25 +97,38 @@ class WeightSwap(Attachment):
             if noisy is None or noisy.shape != weight.shape:
                 noisy = self._noisy[target.name] = torch.empty_like(weight)
             parameter.data = torch.mul(weight, multiplier, out=noisy)
+        self._versions = {name: self.parameters[name]._version for name in self._plain}
         # Autocast would otherwise go on using the cast of an earlier draw.
         torch.clear_autocast_cache()
 
     def end(self) -> None:
-        if not self._plain:
-            return
-        self._show(self._plain)
+        lost = self._restore()
+        if lost:
+            raise UsageError(
+                f'"{lost[0]}" was written to between a training forward pass and the optimizer step, while noise was '
+                "in it, so the change is lost; write after the step, and call end() before the step of an "
+                "optimizer that is not a torch.optim.Optimizer"
+            )
+
+    def _restore(self) -> list[str]:
+        """Plain weights for good; the names of those whose noisy stand-in somebody wrote to."""
+        self.pause()
         self._plain.clear()
         self._multipliers.clear()
         self._paused = False
+        lost, self._lost = self._lost, []
+        return lost
 
     def pause(self) -> None:
         if self._plain and not self._paused:
+            self._lost += [n for n, version in self._versions.items() if self.parameters[n]._version != version]
             self._show(self._plain)
             self._paused = True
 
     def resume(self) -> None:
         if self._paused:
             self._show({name: self._noisy[name] for name in self._plain})
+            self._versions = {name: self.parameters[name]._version for name in self._plain}
             self._paused = False
 
     def _show(self, weights: dict[str, Tensor]) -> None:
@@ -121,6 +137,8 @@ class WeightSwap(Attachment):
         torch.clear_autocast_cache()
 
     def remove(self) -> None:
+        # Not end(): removal must succeed, also while an exception passes by.
+        self._restore()
         super().remove()
         self._noisy.clear()
         for name, parameter in self.parameters.items():
