@@ -106,6 +106,11 @@ def test_what_it_points_to_exists(card: Path) -> None:
     ]
     for file in files:
         assert (ROOT / file).is_file(), f"{card.name}: {file}"
+        if file.endswith(".yaml"):
+            used = re.findall(
+                r"(?:regularizer|criterion): (?:\{name: )?(\w+)", (ROOT / file).read_text(encoding="utf-8")
+            )
+            assert card.stem in used, f"{card.name}: {file} does not use it"
     (row,) = (r for r in method_rows() if r["name"] == card.stem)
     kind = (CRITERIA if row["phase"] == "score" else REGULARIZERS).load(card.stem)
     assert f"`secateur.{kind.__name__}`" in where

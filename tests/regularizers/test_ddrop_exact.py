@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from secateur.core.duration import Progress
 from secateur.core.schedule import keep_prob_at
 from secateur.core.targets import find_targets
+from secateur.errors import UsageError
 from secateur.regularizers.ddrop import DDrop, keep_probabilities
 
 
@@ -212,3 +213,19 @@ def test_keyword_arguments_and_several_inputs():
     with DDrop(keep_min=0.2).attach(network) as attachment:
         network(scale=2.0, image=_data(4)[0])
         assert attachment._masks["net.bn0.weight"].shape == (4, 6)
+
+
+def test_a_network_that_folds_frames_into_the_batch_gets_one_clear_line():
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x.flatten(0, 1))).mean((1, 2, 3))
+
+    model, x = Frames(), torch.randn(2, 3, 1, 8, 8)
+    with DDrop().attach(model), pytest.raises(UsageError, match='"norm" sees 6 samples where the batch has 2.*per_sample'):
+        model(x)
+    with DDrop(per_sample=False).attach(model):
+        model(x)

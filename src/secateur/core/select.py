@@ -163,13 +163,15 @@ def _protected(arrays: Mapping[str, _Scores], min_keep: int) -> int:
 
 def _lowest_pruned(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int, min_keep: int) -> list[_Array]:
     """Keep all but the `count` lowest over all arrays; the `min_keep` highest of each array are safe."""
-    keep = _contest(arrays, count, ties, seed)
-    if all(np.count_nonzero(k) >= min(min_keep, k.size) for k in keep):
-        return keep
-    for array in arrays:
-        (best,) = _contest([array], array.size - min(min_keep, array.size), ties, seed)
-        array.safe = np.flatnonzero(best)
-    return _contest(arrays, count, ties, seed)
+    while True:
+        keep = _contest(arrays, count, ties, seed)
+        short = [a for a, k in zip(arrays, keep, strict=True) if np.count_nonzero(k) < min(min_keep, k.size)]
+        if not short:
+            return keep
+        del keep
+        for array in short:
+            (best,) = _contest([array], array.size - min(min_keep, array.size), ties, seed)
+            array.safe = np.flatnonzero(best)
 
 
 def _contest(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int) -> list[_Array]:

@@ -61,6 +61,11 @@ class RankedChannelDropout(Attachment):
             if not module.training or name not in self._masks:
                 return None
             mask = self._masks[name]
+            if len(mask) not in (1, len(output)):
+                raise UsageError(
+                    f'ddrop: layer "{target.module}" sees {len(output)} samples where the batch has {len(mask)}; '
+                    "where a network folds other dimensions into its batch, use per_sample=False"
+                )
             # In place: a BatchNorm's backward pass needs its input only, and a second copy would cost time and memory.
             return output.mul_(mask.reshape(mask.shape[0], mask.shape[1], *([1] * (output.dim() - 2))))
 

@@ -57,7 +57,8 @@ class DDrop(Regularizer):
     def __post_init__(self) -> None:
         if not 0.0 <= self.keep_min <= self.keep_max <= 1.0:
             raise UsageError(
-                f"ddrop: expected 0 <= keep_min <= keep_max <= 1, got keep_min={self.keep_min}, keep_max={self.keep_max}"
+                f"ddrop: expected 0 <= keep_min <= keep_max <= 1, got keep_min={self.keep_min}, "
+                f"keep_max={self.keep_max}"
             )
         if self.l1 < 0:
             raise UsageError(f"ddrop: l1 is at least 0, got {self.l1}")
