@@ -71,7 +71,7 @@ class MissingExtraError(SecateurError, ImportError):
 
 
 class CheckNotMetError(SecateurError):
-    """A check the caller asked for (`verify`, `--fail-under`) was not met."""
+    """A check the caller asked for (`--fail-under`) was not met."""
 
     exit_code = 5
 

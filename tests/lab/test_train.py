@@ -269,13 +269,6 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_another_method_is_refused(tmp_path):
-    with pytest.raises(Interrupted):
-        run(tmp_path, REGULARIZERS["none"], spec(), StopAfter(3, True))
-    with pytest.raises(CheckpointError, match="saved state has keys"):
-        run(tmp_path, REGULARIZERS["td unit"], spec())
-
-
 def test_nothing_to_train_is_said(tmp_path):
     frozen = network().requires_grad_(False)
     with pytest.raises(UsageError, match="frozen"):

@@ -21,7 +21,7 @@ class Random(Criterion):
     every device and machine.
     """
 
-    pool: str = "mean"
+    pool = "mean"
     summary: ClassVar[str] = "uniform random scores (control)"
     paper: ClassVar[str] = "control"
 

@@ -25,8 +25,8 @@ _FORMAT = "secateur-checkpoint"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Write tensors and JSON values to `path`; the old file stays whole until the new one is complete."""
     flat = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    metadata = {"format": _FORMAT, "values": json.dumps(values)}
-    write_atomically(path, save(flat, metadata))
+    # One entry, because safetensors writes several in any order and equal states should give equal files.
+    write_atomically(path, save(flat, {_FORMAT: json.dumps(values)}))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -61,9 +61,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
+            if _FORMAT not in metadata:
                 raise CheckpointError(f"{path}: a safetensors file, but not a secateur checkpoint")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["values"])  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[_FORMAT])  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: truncated or not a safetensors file ({error}); delete it to start over"

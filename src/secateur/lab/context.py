@@ -67,6 +67,7 @@ class Context:
             download=self.options.download,
             validation=spec.validation,
             subset=spec.subset,
+            image_size=spec.image_size,
         )
 
     @cached_property

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from secateur.core.duration import Duration
 
@@ -31,7 +31,7 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
-def _duration(value: str) -> str:
+def _duration(value: Any) -> str:
     duration = Duration.parse(value)
     if duration.value > _LONGEST:
         raise ValueError(f'duration "{value}" is longer than anything that ends; expected at most {_LONGEST:g}')
@@ -43,7 +43,7 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-DurationText = Annotated[str, AfterValidator(_duration)]
+DurationText = Annotated[str, BeforeValidator(_duration)]
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 # A plug-in by name with its parameters; the registry's class validates them (`secateur.lab.plugins`).
 Plugin = Annotated[dict[str, Any], BeforeValidator(_named)]
@@ -52,36 +52,43 @@ Plugin = Annotated[dict[str, Any], BeforeValidator(_named)]
 class DataSpec(_Spec):
     """Which data. `name` is a known set, or a folder of plain arrays or images under the data folder."""
 
-    name: str = "digits"
+    name: str = Field("digits", description="digits, mnist, fashion_mnist, cifar10, cifar100, or a folder")
     validation: float = Field(0.0, ge=0.0, lt=1.0, description="share of the training set held out to choose by")
     subset: int | None = Field(None, ge=1, description="use only this many training images, stratified")
+    image_size: int | None = Field(None, ge=1, description="resize images of a folder to this height and width")
 
 
 class ModelSpec(_Spec):
     """Which network: a name from `secateur models`, `torchvision:NAME`, `timm:NAME` or `python:module:function`."""
 
-    name: str = "digits_cnn"
-    kwargs: dict[str, Any] = {}
+    name: str = Field("digits_cnn", description="which network")
+    kwargs: dict[str, Any] = Field({}, description="its own arguments (`{widths: [16, 32, 64]}`)")
 
 
 class OptimizerSpec(_Spec):
     """SGD, Adam or AdamW; `decay_norms: false` spares biases and norm scales from weight decay."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0.0)
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)
-    nesterov: bool = False
-    weight_decay: float = Field(5e-4, ge=0.0)
-    decay_norms: bool = True
+    lr: float = Field(0.1, gt=0.0, description="base learning rate")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd only")
+    nesterov: bool = Field(False, description="sgd only, needs momentum")
+    weight_decay: float = Field(5e-4, ge=0.0, description="L2 factor (adamw: decoupled)")
+    decay_norms: bool = Field(True, description="decay biases and norm scales too")
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerSpec:
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise ValueError("nesterov belongs to sgd with momentum above 0")
+        return self
 
 
 class LearningRateSpec(_Spec):
     """Learning rate over the run: linear warm-up, then constant, cosine to 0, or steps by `factor`."""
 
     name: Literal["constant", "cosine", "step"] = "cosine"
-    warmup: DurationText = "0ep"
-    milestones: tuple[DurationText, ...] = ()
-    factor: float = Field(0.1, gt=0.0, le=1.0)
+    warmup: DurationText = Field("0ep", description="linear warm-up from near 0")
+    milestones: tuple[DurationText, ...] = Field((), description="step only: when to multiply by factor")
+    factor: float = Field(0.1, gt=0.0, le=1.0, description="step only")
 
     @model_validator(mode="after")
     def _milestones_fit(self) -> LearningRateSpec:
@@ -93,39 +100,39 @@ class LearningRateSpec(_Spec):
 class TrainSpec(_Spec):
     """How to train (or fine-tune)."""
 
-    duration: DurationText = "20ep"
-    batch_size: int = Field(64, ge=1)
+    duration: DurationText = Field("20ep", description="length: epochs (ep) or steps (it)")
+    batch_size: int = Field(64, ge=1, description="images a step")
     optimizer: OptimizerSpec = OptimizerSpec()
     lr_schedule: LearningRateSpec = LearningRateSpec()
-    augment: Literal["none", "crop_flip"] = "none"
+    augment: Literal["none", "crop_flip"] = Field("none", description="crop_flip: pad 4, crop, mirror")
     grad_clip: float | None = Field(None, gt=0.0, description="largest norm of the whole gradient")
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    checkpoint_every: DurationText = "1ep"
-    evaluate_every: DurationText = "1ep"
+    precision: Literal["32-true", "bf16-mixed"] = Field("32-true", description="bf16-mixed: autocast")
+    checkpoint_every: DurationText = Field("1ep", description="how much work a kill may cost")
+    evaluate_every: DurationText = Field("1ep", description="on the validation share, else on the test set")
 
 
 class MethodSpec(_Spec):
     """One column of the comparison: a regularizer to train under."""
 
-    label: str
-    regularizer: Plugin = {"name": "none"}
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    label: str = Field(description="its name in tables and plots")
+    regularizer: Plugin = Field({"name": "none"}, description="what to train under, with its parameters")
+    include: tuple[str, ...] = Field(("*",), description="layers it acts on: shell patterns, @first, @last")
+    exclude: tuple[str, ...] = Field((), description="layers it leaves alone")
 
 
 class PruneSpec(_Spec):
     """One way of pruning every trained network, at several sparsities."""
 
-    granularity: str = "weight"
-    criterion: Plugin = {"name": "magnitude"}
-    scope: Literal["tensor", "global"] = "tensor"
-    allocation: Literal["uniform", "erk"] = "uniform"
-    rounding: Literal["prune_floor", "keep_floor", "nearest"] = "prune_floor"
-    sparsities: tuple[Sparsity, ...] = (0.0, 0.5, 0.9)
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ("@last",)
+    granularity: str = Field("weight", description="weight, unit, block:ROWSxCOLUMNS or N:M")
+    criterion: Plugin = Field({"name": "magnitude"}, description="what to rank by, with its parameters")
+    scope: Literal["tensor", "global"] = Field("tensor", description="rank inside each tensor, or all together")
+    allocation: Literal["uniform", "erk"] = Field("uniform", description="how tensors share the sparsity")
+    rounding: Literal["prune_floor", "keep_floor", "nearest"] = Field("prune_floor", description="of counts")
+    sparsities: tuple[Sparsity, ...] = Field((0.0, 0.5, 0.9), description="fractions to remove")
+    include: tuple[str, ...] = Field(("*",), description="layers to prune: shell patterns, @first, @last")
+    exclude: tuple[str, ...] = Field(("@last",), description="layers to leave whole")
     groups: Literal["all", "inner"] = Field("all", description="unit only: inner leaves residual sums alone")
-    min_keep: int = Field(1, ge=0)
+    min_keep: int = Field(1, ge=0, description="cells that every tensor keeps at least")
     latency: bool = Field(False, description="unit only: cut and time the first seed's network at each sparsity")
     recalibrate: bool = Field(False, description="re-estimate BatchNorm statistics on training data after pruning")
 
@@ -175,6 +182,11 @@ class Recipe(_Spec):
             raise ValueError(f"methods need distinct labels, got {labels}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be distinct and at least one, got {list(self.seeds)}")
+        ways = [(p.granularity, p.criterion.get("name"), p.scope) for p in self.prune]
+        if len(set(ways)) != len(ways):
+            raise ValueError(
+                "prune entries must differ in granularity, criterion or scope: tables tell them apart by these"
+            )
         if self.final is not None:
             if self.final.method not in ("best", *labels):
                 raise ValueError(f'final.method "{self.final.method}" is no method; known: best, {", ".join(labels)}')

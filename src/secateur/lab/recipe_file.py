@@ -15,7 +15,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 
 from secateur.errors import RecipeError, UnknownNameError, UsageError, nearest
 from secateur.lab.plugins import make_criterion, make_regularizer
-from secateur.lab.recipe import Recipe
+from secateur.lab.recipe import PruneSpec, Recipe
 
 __all__ = ["load_recipe", "shipped_recipes", "write_recipe"]
 
@@ -81,7 +81,7 @@ def _parse(path: Path) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from error
     except (YAMLError, ValueError, OSError, RecursionError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from error
+        raise RecipeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
 def _override(data: Any, text: str) -> None:
@@ -208,10 +208,7 @@ def _check_plugins(recipe: Recipe, data: Any, path: Path, allow_code: Collection
             (["methods", i, "regularizer"], lambda m=m: make_regularizer(m.regularizer, allow_code))
             for i, m in enumerate(recipe.methods)
         ),
-        *(
-            (["prune", i, "criterion"], lambda p=p: make_criterion(p.criterion, allow_code))
-            for i, p in enumerate(recipe.prune)
-        ),
+        *((["prune", i, "criterion"], lambda p=p: _check_criterion(p, allow_code)) for i, p in enumerate(recipe.prune)),
         (["model", "name"], lambda: _check_model(recipe.model.name, allow_code)),
     ]
     for location, check in checks:
@@ -219,6 +216,15 @@ def _check_plugins(recipe: Recipe, data: Any, path: Path, allow_code: Collection
             check()
         except UsageError as error:
             raise RecipeError(f"{path}:{_line(data, location)}: {_key_path(location)}: {error}") from error
+
+
+def _check_criterion(spec: PruneSpec, allow_code: Collection[str]) -> None:
+    criterion = make_criterion(spec.criterion, allow_code)
+    if spec.granularity != "unit" and "weight" not in criterion.granularities:
+        raise UsageError(
+            f'{spec.criterion["name"]} gives one score per unit, but the granularity is "{spec.granularity}"; '
+            "use granularity unit"
+        )
 
 
 def _check_model(name: str, allow_code: Collection[str]) -> None:

@@ -52,7 +52,7 @@ class DDrop(Regularizer):
     granularities: ClassVar[tuple[str, ...]] = ("unit",)
     summary: ClassVar[str] = "drops channels by the rank of |gamma|, L1 on gamma"
     paper: ClassVar[str] = "DDROP"
-    cost: ClassVar[str] = "~1.0x step, one mask per BatchNorm output"
+    cost: ClassVar[str] = "a mask of the BatchNorm outputs each step"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.keep_min <= self.keep_max <= 1.0:

@@ -37,7 +37,7 @@ class Dropout(WeightNoise):
     granularity: Literal["weight", "unit"] = "weight"
     summary: ClassVar[str] = "untargeted dropout of weights or units (control)"
     paper: ClassVar[str] = "Srivastava et al. 2014; Wan et al. 2013"
-    cost: ClassVar[str] = "~1.0x step (conv), 1-2 weight copies"
+    cost: ClassVar[str] = "a mask of the weights each step"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.drop_rate < 1.0:

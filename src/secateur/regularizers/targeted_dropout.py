@@ -37,7 +37,7 @@ class TargetedDropout(WeightNoise):
     No rescaling, as in the paper.
 
     Randomness: the attachment's own stream. Cost: at most two extra copies of the target weights for
-    `"weight"`, one for `"unit"`; about 1.0x the step of a convolutional network.
+    `"weight"`, one for `"unit"`; the ranking and the mask take time once a step, whatever the batch.
 
     Reference: Gomez et al. 2019, "Learning Sparse Networks Using Targeted Dropout", equations 3-4.
     """
@@ -48,7 +48,7 @@ class TargetedDropout(WeightNoise):
     ramp: bool = False
     summary: ClassVar[str] = "drops the lowest-magnitude candidates at random"
     paper: ClassVar[str] = "Gomez et al. 2019"
-    cost: ClassVar[str] = "~1.0x step (conv), 1-2 weight copies"
+    cost: ClassVar[str] = "a rank and a mask of the weights each step"
 
     def __post_init__(self) -> None:
         for name in ("gamma", "alpha"):
