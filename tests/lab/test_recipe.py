@@ -103,6 +103,7 @@ def test_the_hash_follows_the_numbers_and_not_the_name(good):
         ("granularity: weight", "granularity: wieght", 18, "prune[0]", "nearest: weight"),
         ("duration: 2ep", "duration: 2", 8, "train.duration", "number with a unit"),
         ("duration: 2ep", "duration: 1e999ep", 8, "train.duration", "too long"),
+        ("duration: 2ep", "duration: 9e300ep", 8, "train.duration", "longer than anything"),
         ("duration: 2ep", "duration: -1ep", 8, "train.duration", "number with a unit"),
         ("lr: 0.1", "lr: .inf", 9, "train.optimizer.lr", "got inf, expected .* finite"),
         ("lr: 0.1", "lr: .nan", 9, "train.optimizer.lr", "got nan, expected .* finite"),
@@ -144,9 +145,8 @@ def test_what_is_wrong_is_said_where(good, old, new, line, key, words):
         (b"name: a\0b\n", "cannot be read"),
         (b"\x80\x04\x95 pickle", "cannot be read"),
         (b"name: a\n---\nname: b\n", "not valid YAML"),
-        (b"name: a\nmodel:\n  kwargs: &x\n    y: *x\n", "contains itself"),
-        (b"name: a\nseeds: &x\n  - *x\n", "contains itself"),
-        (b"name: " + b"[" * 5000 + b"]" * 5000, "deep|recursion"),
+        (b"name: a\nseeds: &x\n  - *x\n", r"seeds\[0\]"),
+        (b"name: " + b"[" * 400 + b"]" * 400, "deep|recursion"),
         (b"name: a\nseeds: [99999999999999999999999999999e99999]\n", "seeds"),
         (b"name: a\nseeds: [" + b"9" * 5000 + b"]\n", "read|seeds"),
         (b"name: !!python/object/apply:os.system [ls]\n", "name"),
@@ -266,7 +266,7 @@ def paths(data: object, at: tuple = ()) -> list[tuple]:
 PARSED = YAML(typ="safe").load(GOOD)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(paths(PARSED)), VALUES | st.just("DELETE")), min_size=1, max_size=2))
 @example([(("methods", 1, "regularizer"), {"name": "targeted_dropout", "gamma": 10**400})])
 @example([(("methods", 1, "regularizer"), {"name": "ddrop", "keep_min": "low"})])

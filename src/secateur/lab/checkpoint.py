@@ -20,6 +20,7 @@ from secateur.errors import CheckpointError, StorageError
 __all__ = ["fitting", "load_tensors", "optimizer_state", "restore_optimizer", "save_tensors", "write_atomically"]
 
 _FORMAT = "secateur-checkpoint"
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -51,13 +52,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote. `CheckpointError` for truncated, foreign or pickled files; never unpickles."""
     try:
         with path.open("rb") as stream:
-            head = stream.read(4)
+            head = stream.read(9)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise CheckpointError(
-            f"{path}: this is a pickle (torch.save), which can run code when loaded; expected a safetensors file"
-        )
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -65,6 +62,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise CheckpointError(f"{path}: a safetensors file, but not a secateur checkpoint")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[_FORMAT])  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
+        # Safetensors begins with a length, which may look like any of these, and then always has "{".
+        if head[8:] != b"{" and head[:2] in _PICKLES:
+            raise CheckpointError(
+                f"{path}: this is a pickle (torch.save), which can run code when loaded; expected a safetensors file"
+            ) from error
         raise CheckpointError(
             f"{path}: truncated or not a safetensors file ({error}); delete it to start over"
         ) from error
