@@ -1,4 +1,4 @@
-"""Every command on one small finished run: what it prints for people, and the one JSON object it prints for programs."""
+"""Every command on one small finished run: words for people, and the one JSON object for programs."""
 
 from __future__ import annotations
 

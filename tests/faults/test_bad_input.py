@@ -146,7 +146,7 @@ def test_data_that_are_wrong(tiny, tmp_path, secateur, case):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", pickle.dumps(os.getcwd)])
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", pickle.dumps(os.getcwd)])
 def test_arrays_that_are_no_arrays(tiny, tmp_path, secateur, content):
     folder = arrays(tmp_path / "data" / "mine")
     (folder / "train_images.npy").write_bytes(content)

@@ -8,7 +8,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from secateur.errors import UsageError
 from secateur.lab.context import Options
 from secateur.lab.listener import Interrupted, Listener
 from secateur.lab.recipe_file import load_recipe
@@ -46,7 +49,7 @@ def run(tmp_path: Path):  # type: ignore[no-untyped-def]
         watch = Watch()
         with mock.patch("secateur.lab.run.write_report"):
             chosen = Options(out=tmp_path / "runs", device="cpu", **options)  # type: ignore[arg-type]
-            return run_recipe(load_recipe(recipe, overrides), chosen, watch), watch
+            return run_recipe(load_recipe(recipe, overrides, allow_code=chosen.allow_code), chosen, watch), watch
 
     return call
 
@@ -128,13 +131,47 @@ def test_asking_to_stop_between_stages(run, tmp_path):
     assert listed["complete"]
 
 
-def test_recalibration_does_not_depend_on_the_global_generator(run, tmp_path):
-    import torch
+def dropping(num_classes: int, in_shape: Sequence[int]) -> nn.Module:
+    """BatchNorm after nn.Dropout, which draws from the global generator."""
+    return nn.Sequential(
+        nn.Dropout(0.5),
+        nn.Conv2d(in_shape[0], 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(num_classes),
+    )
 
-    model = ["model={name: thesis_cnn}", "train.duration=1it", "methods=[{label: a}]"]
-    model += ["prune=[{granularity: unit, sparsities: [0.5], recalibrate: true}]", "data.subset=40"]
-    model[0] = "model={name: digits_cnn, kwargs: {widths: [8, 8, 8]}}"
-    first, _ = run(model)
+
+def built(num_classes: int, in_shape: Sequence[int]) -> nn.Module:
+    model = dropping(num_classes, in_shape)
+    model(torch.zeros(2, *in_shape))
+    return model
+
+
+def test_recalibrated_rows_do_not_depend_on_the_global_generator(run):
+    own = [f"model={{name: 'python:{__name__}:built'}}", "methods=[{label: a}]", "data.subset=40"]
+    own.append("prune=[{granularity: unit, sparsities: [0.0, 0.5], recalibrate: true}]")
+    first, _ = run(own, allow_code=(__name__,))
     torch.rand(5)
-    again, _ = run(model, resume=False)
+    again, _ = run(own, allow_code=(__name__,), resume=False)
     assert again["rows"] == first["rows"]
+    assert again["trainings"][0]["history"] == first["trainings"][0]["history"]
+
+
+def short(num_classes: int, in_shape: Sequence[int]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes - 1))
+
+
+def narrow(num_classes: int, in_shape: Sequence[int]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(63, num_classes))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("short", r"\[2, 9\].*\[2, 10\]"), ("narrow", r"cannot take.*\[1, 8, 8\]")]
+)
+def test_a_network_that_does_not_fit_the_data_is_said_before_any_work(run, tmp_path, name, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        run([f"model={{name: 'python:{__name__}:{name}'}}"], allow_code=(__name__,))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs" / "stages").exists()

@@ -62,7 +62,7 @@ class Duration:
         return math.floor(self.value * run_steps + 0.5 + 1e-9)
 
     def __str__(self) -> str:
-        return f"{self.value:g}{self.unit}"
+        return f"{self.value:.15g}{self.unit}"
 
 
 @dataclass(frozen=True)

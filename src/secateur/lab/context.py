@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.core.groups import Groups
+from secateur.errors import UsageError
 from secateur.lab.data import Dataset, Loader, evaluation_batches, load_data
 from secateur.lab.evaluate import Evaluation, evaluate
 from secateur.lab.listener import Listener
@@ -96,6 +97,21 @@ class Context:
         if weights is not None:
             model.load_state_dict(weights)
         return model.to(self.runtime.device)
+
+    def check_model(self) -> None:
+        """Raise `UsageError` unless the recipe's network takes these images and gives one number a class."""
+        name, classes, shape = self.recipe.model.name, self.data.num_classes, list(self.data.in_shape)
+        model = self.model(self.recipe.seeds[0])
+        images = self.example(2)
+        try:
+            with self.runtime.evaluating(model):
+                outputs = model(images)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise UsageError(f'model "{name}" cannot take images of {shape}: {line}') from error
+        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if got != [len(images), classes]:
+            raise UsageError(f'model "{name}": got outputs {got}, expected {[len(images), classes]} (images, classes)')
 
     @cached_property
     def groups(self) -> Groups:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from secateur.core.duration import Duration
 
@@ -31,7 +31,7 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
-def _duration(value: Any) -> str:
+def _duration(value: str) -> str:
     duration = Duration.parse(value)
     if duration.value > _LONGEST:
         raise ValueError(f'duration "{value}" is longer than anything that ends; expected at most {_LONGEST:g}')
@@ -43,7 +43,8 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-DurationText = Annotated[str, BeforeValidator(_duration)]
+# As text first, so that a bare number hears that it lacks a unit, not that it is no text.
+DurationText = Annotated[str, BeforeValidator(str), AfterValidator(_duration)]
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 # A plug-in by name with its parameters; the registry's class validates them (`secateur.lab.plugins`).
 Plugin = Annotated[dict[str, Any], BeforeValidator(_named)]

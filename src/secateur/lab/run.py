@@ -43,8 +43,11 @@ def run_folder(recipe: Recipe, options: Options) -> Path:
 def plan_run(recipe: Recipe, options: Options) -> list[Planned]:
     """The stages a run would go through, without doing any (data are read, nothing is written)."""
     context = Context(recipe, options)
-    context.model(recipe.seeds[0])  # a recipe whose network cannot be built has no plan
-    return [Planned(title, stage.key, stage.done) for title, stage in _stages(context)]
+    context.check_model()
+    planned = [Planned(title, stage.key, stage.done) for title, stage in _stages(context)]
+    if recipe.final is not None:
+        planned.append(Planned("deliver one network (which, the rows decide)", "-", False))
+    return planned
 
 
 def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = None) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = Non
             write_recipe(recipe, folder / "recipe.yaml")
         except OSError as error:
             raise StorageError(f"cannot write {folder / 'recipe.yaml'}: {error.strerror}") from error
+        context.check_model()
         if not options.resume:
             for _, stage in _stages(context):
                 stage.forget()

@@ -90,8 +90,8 @@ class Attachment:
         self.end()
         if self.spec.draws_noise and not self._forwards:
             raise NoEffectError(
-                f"{type(self.spec).__name__}: no training forward pass since the last step, so nothing was regularized; "
-                "attach to the very object the loop calls, in train() mode"
+                f"{type(self.spec).__name__}: no training forward pass since the last step, so nothing was "
+                "regularized; attach to the very object the loop calls, in train() mode"
             )
         self._forwards = 0
         self.progress = progress

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def load_arrays(folder: Path, num_classes: int | None, in_shape: tuple[int, int,
 def _read(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         pickled = any(word in str(error).lower() for word in ("pickle", "object"))
         hint = "it may hold Python objects, store plain numbers with numpy.save" if pickled else "make it again"
         raise DataError(f"{path}: not a readable array ({error}); {hint}") from error
