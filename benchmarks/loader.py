@@ -9,15 +9,13 @@ bytes: what is timed does not depend on them, and no files are needed.
 
 from __future__ import annotations
 
-import argparse
-import random
-import statistics
-import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from _paired import Row, parser, ratios, report, steady, timed_rounds
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -66,48 +64,30 @@ def memory_epoch(name: str, images: np.ndarray, labels: np.ndarray, batch: int) 
     return epoch
 
 
-def measure(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU an image, by side and round; the order of the sides is drawn anew every round."""
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for side in sides.values():
-        side()
-    order = list(sides)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for side in order:
-            start = time.process_time()
-            count = sides[side]()
-            seconds[side].append((time.process_time() - start) / count)
-    return seconds
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=128)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    flags = parser(__doc__, rounds=7)
+    flags.add_argument("--images", type=int, default=10_000, help="images an epoch")
+    flags.add_argument("--batch", type=int, default=128, help="batch size")
+    asked = flags.parse_args()
+    steady()
     rng = np.random.default_rng(0)
-    goals = {"mnist": 30, "cifar10": 15}
-    print(f"{options.images} images an epoch, batch {options.batch}, {options.rounds} rounds, 1 thread, CPU time")
-    print(f"{'images':<10}{'torchvision img/s':>19}{'secateur img/s':>16}{'ratio':>8}{'lowest':>8}{'goal':>7}")
-    for name, goal in goals.items():
+    rows = []
+    for name, goal in {"mnist": 30.0, "cifar10": 15.0}.items():
         channels, height, width = DATASETS[name].in_shape
         shape = (height, width) if channels == 1 else (height, width, channels)
-        images = rng.integers(0, 256, (options.images, *shape), dtype=np.uint8)
-        labels = rng.integers(0, 10, options.images)
+        images = rng.integers(0, 256, (asked.images, *shape), dtype=np.uint8)
+        labels = rng.integers(0, 10, asked.images)
         sides = {
-            "torchvision": torchvision_epoch(name, images, labels, options.batch),
-            "secateur": memory_epoch(name, images, labels, options.batch),
+            "torchvision DataLoader, no workers": torchvision_epoch(name, images, labels, asked.batch),
+            "secateur, in memory": memory_epoch(name, images, labels, asked.batch),
         }
-        seconds = measure(sides, options.rounds)
-        theirs, ours = (statistics.median(seconds[side]) for side in sides)
-        ratios = [a / b for a, b in zip(seconds["torchvision"], seconds["secateur"], strict=True)]
-        print(
-            f"{name:<10}{1 / theirs:>19,.0f}{1 / ours:>16,.0f}{statistics.median(ratios):>8.1f}"
-            f"{min(ratios):>8.1f}{'>= ' + str(goal):>7}"
-        )
+        times = timed_rounds(sides, asked.rounds)
+        theirs = times["torchvision DataLoader, no workers"]
+        for side, own in times.items():
+            rate = f"{asked.images / median(own) * 1e3:,.0f} images a second"
+            wanted = goal if own is not theirs else None
+            rows.append(Row(f"{name} shape", side, median(own), *ratios(theirs, own), wanted, True, rate))
+    report(f"One epoch of {asked.images} images, speed-up", rows, asked.rounds, asked.json)
 
 
 if __name__ == "__main__":
