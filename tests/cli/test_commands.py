@@ -99,12 +99,12 @@ def test_a_second_run_does_nothing_again(finished, secateur):
 
 def test_dry_run(finished, secateur, tmp_path):
     data = secateur("run", finished.recipe, "--out", finished.out, "--dry-run", "--json").json
-    assert len(data["stages"]) == 12
+    assert len(data["stages"]) == 13
     assert all(stage["done"] for stage in data["stages"])
     assert data["folder"] == str(finished.folder)
     more = secateur("run", finished.recipe, "--out", finished.out, "--seeds", "0,5", "-n")
     assert more.code == 0
-    assert "6 of 12 stages are done already; nothing was run" in more.err
+    assert "6 of 13 stages are done already; nothing was run" in more.err
     secateur("run", finished.recipe, "--out", tmp_path / "none", "-n")
     assert not (tmp_path / "none").exists()
 

@@ -57,7 +57,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def demo(
     out: Out = Path("runs"),
     set_: Set = [],  # noqa: B006 (typer reads the default, nothing changes it)
-    threads: Threads = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads.")] = 1,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:

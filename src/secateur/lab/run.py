@@ -45,9 +45,13 @@ def plan_run(recipe: Recipe, options: Options) -> list[Planned]:
     context = Context(recipe, options)
     context.check_model()
     planned = [Planned(title, stage.key, stage.done) for title, stage in _stages(context)]
-    if recipe.final is not None:
-        planned.append(Planned("deliver one network (which, the rows decide)", "-", False))
-    return planned
+    if recipe.final is None:
+        return planned
+    if not all(stage.done for stage in planned):
+        return [*planned, Planned("deliver one network (which, the rows decide)", "-", False)]
+    method, _ = choose_method(context, recipe.final, _prune_all(context))
+    stage = final_stage(context, method, recipe.seeds[0], recipe.final)
+    return [*planned, Planned(f"deliver {method.label}", stage.key, stage.done)]
 
 
 def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = None) -> dict[str, Any]:

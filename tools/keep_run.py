@@ -1,0 +1,62 @@
+"""Keep a run as evidence: `python tools/keep_run.py RUN_FOLDER EVIDENCE_NAME`.
+
+Copies recipe, result, report and table, and writes `accuracy.md`, the table that method cards quote. The demo's picture
+and printed summary also go into the README.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from secateur.lab.report import summary_lines
+from secateur.lab.statistics import mean_interval
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- demo output -->\n```text\n).*?(```\n<!-- end of demo output -->)", re.DOTALL)
+
+
+def accuracy_tables(result: dict[str, Any]) -> str:
+    """Top-1 in percent, mean and 95 % interval over seeds, one table per granularity."""
+    lines = [
+        f"# {result['name']}: top-1 in percent, mean and 95 % interval over {len(result['recipe']['seeds'])} seeds"
+    ]
+    rows = result["rows"]
+    for granularity in dict.fromkeys(r["granularity"] for r in rows):
+        own = [r for r in rows if r["granularity"] == granularity]
+        sparsities = sorted({r["sparsity_asked"] for r in own})
+        lines += ["", f"| pruned by {granularity} | criterion | " + " | ".join(f"{s:.1%}" for s in sparsities) + " |"]
+        lines += ["|---|---|" + "---|" * len(sparsities)]
+        for method, criterion in dict.fromkeys((r["method"], r["criterion"]) for r in own):
+            cells = []
+            for sparsity in sparsities:
+                here = [r for r in own if (r["method"], r["criterion"]) == (method, criterion)]
+                at = [r for r in here if r["sparsity_asked"] == sparsity]
+                found = mean_interval([r["top1"] for r in at], count=at[0]["count"])
+                interval = "" if found.low is None else f" ({100 * found.low:.1f}..{100 * found.high:.1f})"
+                cells.append(f"{100 * found.mean:.1f}{interval}")
+            lines.append(f"| {method} | {criterion} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(run: Path, name: str) -> None:
+    result = json.loads((run / "result.json").read_text())
+    evidence = ROOT / "evidence" / name
+    evidence.mkdir(parents=True, exist_ok=True)
+    for file in ("result.json", "recipe.yaml", "report/report.html", "report/table.csv"):
+        shutil.copy(run / file, evidence / Path(file).name)
+    (evidence / "accuracy.md").write_text(accuracy_tables(result))
+    if name == "demo":
+        (ROOT / "docs" / "images").mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / "report" / "accuracy-unit.png", ROOT / "docs" / "images" / "demo-unit.png")
+        readme = ROOT / "README.md"
+        text = "\n".join(summary_lines(result)) + "\n"
+        readme.write_text(BLOCK.sub(lambda m: m[1] + text + m[2], readme.read_text()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,71 @@
+"""Put measured figures into the method cards, verbatim from evidence and benchmarks: `python tools/quote_evidence.py`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO, CRITERIA, BENCH = "evidence/demo/accuracy.md", "evidence/digits-criteria/accuracy.md", "benchmarks/README.md"
+NONE = "Not yet measured."
+
+# card -> rows of the demo's tables (methods) or of the criteria's table, and rows of the benchmark tables
+EVIDENCE = {
+    "none": (DEMO, ["magnitude alone"]),
+    "dropout": (DEMO, ["magnitude alone", "dropout (units)"]),
+    "targeted_dropout": (DEMO, ["magnitude alone", "Targeted Dropout (weights)", "Targeted Dropout (units)"]),
+    "ddrop": (DEMO, ["magnitude alone", "DDROP"]),
+    **{
+        name: (CRITERIA, ["magnitude", "random", name])
+        for name in ("bn_gamma", "mean_activation", "taylor", "saliency")
+    },
+    "magnitude": (CRITERIA, ["magnitude", "random"]),
+    "random": (CRITERIA, ["magnitude", "random"]),
+}
+COST = {
+    "dropout": ["plain step", "dropout, weight", "dropout, unit"],
+    "targeted_dropout": ["plain step", "targeted dropout, weight", "targeted dropout, unit"],
+    "ddrop": ["plain step", "ddrop", "ddrop with L1"],
+    "magnitude": ["speed-up: global_unstructured", "speed-up: ours, same rule", "extra memory: ours, same rule"],
+    "mean_activation": ["plain forward", "mean \\|a\\|"],
+}
+ABOUT = {
+    DEMO: "Digits, `digits_cnn`, paired seeds, `top1` in percent with its interval; recipe `demo`.",
+    CRITERIA: "Digits, `digits_cnn`, plainly trained, units removed, `top1` in percent with its interval; recipe "
+    "`digits-criteria`.",
+}
+
+
+def quote(file: str, wanted: list[str]) -> str:
+    """The tables of `file` that have a wanted row, with only those rows, between the markers that the tests read."""
+    blocks, table = [], []
+    for line in [*(ROOT / file).read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            table.append(line)
+            continue
+        rows = [r for r in table[2:] if any(cell.strip() in wanted for cell in re.split(r"(?<!\\)\|", r)[1:4])]
+        if rows:
+            blocks.append("\n".join([*table[:2], *rows]))
+        table = []
+    return f"<!-- from: {file} -->\n" + "\n\n".join(blocks) + "\n<!-- end from -->\n"
+
+
+def main() -> None:
+    for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
+        if path.stem not in EVIDENCE:
+            continue
+        file, rows = EVIDENCE[path.stem]
+        cost = f"{NONE}\n"
+        if path.stem in COST:
+            cost = "Times and ratios as `benchmarks` prints them.\n\n" + quote(BENCH, COST[path.stem])
+        evidence = f"{ABOUT[file]}\n\n" + quote(file, rows)
+        if file == DEMO:
+            evidence += "\nA random control, for units: [random](random.md).\n"
+        text = path.read_text()
+        text = re.sub(r"(## Cost \(measured\)\n\n).*?(?=\n## )", lambda m: m[1] + cost, text, flags=re.DOTALL)
+        text = re.sub(r"(## Evidence\n\n).*?(?=\n## )", lambda m: m[1] + evidence, text, flags=re.DOTALL)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
