@@ -1,4 +1,4 @@
-"""Put measured figures into the method cards, verbatim from evidence and benchmarks: `python tools/quote_evidence.py`."""
+"""Put measured figures into the method cards, verbatim: `python tools/quote_evidence.py`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def quote(file: str, wanted: list[str]) -> str:
     return f"<!-- from: {file} -->\n" + "\n\n".join(blocks) + "\n<!-- end from -->\n"
 
 
+def section(text: str, heading: str, body: str) -> str:
+    """`text` with the body of one second-level section replaced."""
+    before, mark, rest = text.partition(f"## {heading}\n\n")
+    return before + mark + body + rest[rest.index("\n## ") :]
+
+
 def main() -> None:
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
         if path.stem not in EVIDENCE:
@@ -61,9 +67,8 @@ def main() -> None:
         evidence = f"{ABOUT[file]}\n\n" + quote(file, rows)
         if file == DEMO:
             evidence += "\nA random control, for units: [random](random.md).\n"
-        text = path.read_text()
-        text = re.sub(r"(## Cost \(measured\)\n\n).*?(?=\n## )", lambda m: m[1] + cost, text, flags=re.DOTALL)
-        text = re.sub(r"(## Evidence\n\n).*?(?=\n## )", lambda m: m[1] + evidence, text, flags=re.DOTALL)
+        text = section(path.read_text(), "Cost (measured)", cost)
+        text = section(text, "Evidence", evidence)
         path.write_text(text)
 
 
