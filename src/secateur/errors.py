@@ -115,7 +115,8 @@ class StorageError(SecateurError):
 def nearest(got: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The up to `count` names in `known` closest to `got`, best first.
 
-    >>> nearest("magnitud", ["taylor", "magnitude"])
-    ['magnitude']
+    Examples:
+        >>> nearest("magnitud", ["taylor", "magnitude"])
+        ['magnitude']
     """
     return difflib.get_close_matches(got, list(known), n=count, cutoff=0.4)

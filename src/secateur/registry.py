@@ -7,22 +7,25 @@ runs that code, it must come from the caller (`allow_code`), never from a recipe
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from secateur.errors import UnknownNameError, UsageError
 
-__all__ = ["Registry", "load_attribute", "load_python"]
+__all__ = ["Registry", "code_hash", "load_attribute", "load_python"]
 
 
 def load_attribute(path: str) -> Any:
     """Import `"module:attribute"` and return the attribute.
 
-    >>> load_attribute("math:pi") > 3
-    True
+    Examples:
+        >>> load_attribute("math:pi") > 3
+        True
     """
     module_name, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module_name), attribute)
@@ -46,6 +49,18 @@ def load_python(name: str, allow_code: Collection[str] = ()) -> Any:
         return load_attribute(f"{module}:{parts[2]}")
     except (ImportError, AttributeError) as error:
         raise UsageError(f'"{name}" does not import: {error}; check the module path and PYTHONPATH') from error
+
+
+def code_hash(name: str, allow_code: Collection[str] = ()) -> str | None:
+    """SHA-256 of the source file behind a `python:` name, None for any other: what a cached result depends on.
+
+    Only the named module's own file counts, not what it imports.
+    """
+    if not name.startswith("python:"):
+        return None
+    load_python(name, allow_code)
+    file = importlib.import_module(name.split(":")[1]).__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
 @dataclass(frozen=True)

@@ -539,3 +539,29 @@ def test_targets_choose_what_is_noisy():
     with Recorded().attach(network, find_targets(network, exclude=["@last"]), seed=5):
         _loss(network, data(6)).backward()
     assert list(Recorded.draws[0]) == ["0.weight"]
+
+
+def test_two_regularizers_cannot_swap_the_same_weights():
+    model = nn.Linear(4, 4)
+    with TargetedDropout().attach(model):
+        with pytest.raises(UsageError, match="already under the weight noise"):
+            Dropout().attach(model)
+        assert len(model._forward_pre_hooks) == 1
+    Dropout().attach(model).remove()
+    assert not model._forward_pre_hooks
+
+
+def test_a_cut_while_attached_or_held_is_refused_at_the_next_use():
+    from secateur.lab.oneshot import prune_units_, prune_weights
+
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(4, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hold = prune_weights(model, 0.5).hold(model, optimizer)
+    with TargetedDropout().attach(model):
+        prune_units_(model, 0.5, x, optimizer=optimizer, multiple_of=1)
+        with pytest.raises(UsageError, match="replaced while attached"):
+            model(x)
+    model(x).sum().backward()
+    with pytest.raises(UsageError, match="no longer the parameter that is held"):
+        optimizer.step()
+    hold.remove()

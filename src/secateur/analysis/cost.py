@@ -81,8 +81,9 @@ def measure_cost(model: nn.Module, example_input: Inputs) -> Cost:
     Cost:
         One forward pass at batch 1 and one pass over the parameters.
 
-    >>> measure_cost(nn.Linear(20, 5), torch.randn(2, 20)).macs
-    100
+    Examples:
+        >>> measure_cost(nn.Linear(20, 5), torch.randn(2, 20)).macs
+        100
     """
     model = unwrap(model)
     args = with_batch(as_args(example_input), 1)
@@ -167,13 +168,14 @@ def asked_vs_achieved(
         targets_kept, targets_total: target entries kept and there at first (`Masks.kept()`, `.total()`).
         dense, pruned: costs before and after, on the same input shape.
 
-    >>> net = nn.Linear(4, 2, bias=False)
-    >>> before = measure_cost(net, torch.ones(1, 4))
-    >>> _ = net.weight.data[:, :2].zero_()
-    >>> after = measure_cost(net, torch.ones(1, 4))
-    >>> record = asked_vs_achieved(0.5, targets_kept=4, targets_total=8, dense=before, pruned=after)
-    >>> record.targets, record.parameters, record.macs, record.effective_macs
-    (0.5, 0.5, 0.0, 0.5)
+    Examples:
+        >>> net = nn.Linear(4, 2, bias=False)
+        >>> before = measure_cost(net, torch.ones(1, 4))
+        >>> _ = net.weight.data[:, :2].zero_()
+        >>> after = measure_cost(net, torch.ones(1, 4))
+        >>> record = asked_vs_achieved(0.5, targets_kept=4, targets_total=8, dense=before, pruned=after)
+        >>> record.targets, record.parameters, record.macs, record.effective_macs
+        (0.5, 0.5, 0.0, 0.5)
     """
     if not 0 <= asked < 1:
         raise UsageError(f"asked sparsity {asked} is out of range; expected 0 <= sparsity < 1")

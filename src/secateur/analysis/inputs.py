@@ -42,8 +42,9 @@ def with_batch(args: Sequence[Any], batch_size: int) -> tuple[Any, ...]:
 
     Only tensors as long as the batch are touched; masks and tables that are not batched pass through.
 
-    >>> with_batch([torch.tensor([[1.0], [2.0]])], 3)[0].flatten().tolist()
-    [1.0, 2.0, 1.0]
+    Examples:
+        >>> with_batch([torch.tensor([[1.0], [2.0]])], 3)[0].flatten().tolist()
+        [1.0, 2.0, 1.0]
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size} is impossible; expected 1 or more")

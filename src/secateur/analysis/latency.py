@@ -191,8 +191,9 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     Raises:
         UsageError: too few values for the confidence, or confidence outside (0, 1).
 
-    >>> median_interval([5.0, 1.0, 4.0, 2.0, 6.0, 3.0])
-    (1.0, 6.0)
+    Examples:
+        >>> median_interval([5.0, 1.0, 4.0, 2.0, 6.0, 3.0])
+        (1.0, 6.0)
     """
     if not 0 < confidence < 1:
         raise UsageError(f"confidence {confidence} is out of range; expected 0 < confidence < 1")

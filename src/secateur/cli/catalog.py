@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur._version import __version__
 from secateur.cli.console import errors_to_exit, out_json, table
 from secateur.errors import UnknownNameError
 
@@ -96,7 +97,7 @@ def doctor(json_: Json = False) -> None:
         extras = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "timm": ("timm",)}
         found: dict[str, Any] = {
             "python": platform.python_version(),
-            "packages": {name: installed(name) for name in PACKAGES},
+            "packages": {"secateur": __version__, **{name: installed(name) for name in PACKAGES}},
             "devices": [device_name("cpu"), *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
             "threads": torch.get_num_threads(),
             "extras": {extra: all(installed(p) for p in needed) for extra, needed in extras.items()},

@@ -54,6 +54,8 @@ def report(
         from secateur.lab.report import write_report
         from secateur.lab.store import read_json
 
+        # A shell's runs/* also names the folder of stages.
+        run = [path for path in run if path.name != "stages"] or run
         results = [read_json(path / "result.json" if path.is_dir() else path) for path in run]
         if out is None and len(run) > 1:
             raise UsageError("several runs: say where the comparison goes with --out")

@@ -22,10 +22,11 @@ class Duration:
         value: how many, at least 0.
         unit: `"ep"` epochs, `"it"` optimizer steps, `"run"` fraction of the whole run in [0, 1].
 
-    >>> Duration.parse("1.5ep").steps(steps_per_epoch=10)
-    15
-    >>> str(Duration.parse("0.40run"))
-    '0.4run'
+    Examples:
+        >>> Duration.parse("1.5ep").steps(steps_per_epoch=10)
+        15
+        >>> str(Duration.parse("0.40run"))
+        '0.4run'
     """
 
     value: float
@@ -69,10 +70,11 @@ class Duration:
 class Progress:
     """Where a run stands after `step` of `steps` optimizer steps.
 
-    >>> Progress(step=25, steps=100, steps_per_epoch=10).fraction
-    0.25
-    >>> Progress(step=25, steps=100, steps_per_epoch=10).epoch_fraction
-    0.2
+    Examples:
+        >>> Progress(step=25, steps=100, steps_per_epoch=10).fraction
+        0.25
+        >>> Progress(step=25, steps=100, steps_per_epoch=10).epoch_fraction
+        0.2
     """
 
     step: int

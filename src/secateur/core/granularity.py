@@ -138,8 +138,9 @@ class NofM(Granularity):
 def parse_granularity(text: str | Granularity) -> Granularity:
     """Read `"weight"`, `"unit"`, `"block:4x1"` or `"2:4"`.
 
-    >>> parse_granularity("2:4").sparsity
-    0.5
+    Examples:
+        >>> parse_granularity("2:4").sparsity
+        0.5
     """
     if isinstance(text, Granularity):
         return text

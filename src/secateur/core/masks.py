@@ -20,9 +20,10 @@ __all__ = ["Hold", "Masks"]
 class Masks(Mapping[str, Tensor]):
     """Parameter name -> bool tensor of the parameter's shape; True = kept. Treat it as immutable.
 
-    >>> masks = Masks({"w": torch.tensor([True, False, False, True])})
-    >>> masks.sparsity, masks.kept, masks.total
-    (0.5, 2, 4)
+    Examples:
+        >>> masks = Masks({"w": torch.tensor([True, False, False, True])})
+        >>> masks.sparsity, masks.kept, masks.total
+        (0.5, 2, 4)
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
@@ -169,8 +170,14 @@ class Hold:
 
     @torch.no_grad()
     def zero_(self) -> None:
-        """Zero the masked weights now."""
-        for parameter, gone in self._resolved.values():
+        """Zero the masked weights now. `UsageError` if the network has been cut since the hold began."""
+        network = unwrap(self._model)
+        for name, (parameter, gone) in self._resolved.items():
+            if network.get_parameter(name) is not parameter:
+                raise UsageError(
+                    f'hold: "{name}" is no longer the parameter that is held (the network was cut); '
+                    "remove the hold before a cut, and hold again with masks of the smaller network"
+                )
             parameter.masked_fill_(gone, 0.0)
 
     def _zero_ema(self) -> None:

@@ -14,7 +14,8 @@ _FORMS = (r"weight", r"unit", r"block:[1-9]\d*x[1-9]\d*", r"[1-9]\d*:[1-9]\d*")
 def check_granularity(text: str) -> None:
     """Raise `UnknownNameError` unless `text` spells a granularity.
 
-    >>> check_granularity("2:4")
+    Examples:
+        >>> check_granularity("2:4")
     """
     if not any(re.fullmatch(form, text) for form in _FORMS):
         raise UnknownNameError("granularity", text, ["weight", "unit", "block:ROWSxCOLUMNS", "N:M"])

@@ -30,8 +30,9 @@ def targeted_dropout_ramp(t: float) -> tuple[float, float]:
     gamma rises linearly to 95 % of its target in the first fifth of the run and to 100 % in the second;
     alpha rises linearly over both.
 
-    >>> [targeted_dropout_ramp(t) for t in (0.0, 0.2, 0.4, 1.0)]
-    [(0.0, 0.0), (0.95, 0.5), (1.0, 1.0), (1.0, 1.0)]
+    Examples:
+        >>> [targeted_dropout_ramp(t) for t in (0.0, 0.2, 0.4, 1.0)]
+        [(0.0, 0.0), (0.95, 0.5), (1.0, 1.0), (1.0, 1.0)]
     """
     gamma = 0.95 * t / 0.2 if t <= 0.2 else 0.95 + 0.05 * (t - 0.2) / 0.2
     return min(1.0, gamma), min(1.0, t / 0.4)
@@ -42,8 +43,9 @@ def keep_prob_at(keep_prob: float, schedule: Literal["constant", "linear", "cosi
 
     linear `p + (1-p)(1-t)`, cosine `p + (1-p) cos(pi t / 2)`, constant `p`.
 
-    >>> keep_prob_at(0.6, "linear", 0.5)
-    0.8
+    Examples:
+        >>> keep_prob_at(0.6, "linear", 0.5)
+        0.8
     """
     if schedule == "constant":
         return keep_prob
@@ -76,8 +78,9 @@ class OneShot:
 class Iterative:
     """Remove `fraction` of what remains, again and again, until `sparsity` is reached exactly.
 
-    >>> [round(s, 3) for s in Iterative(sparsity=0.5, fraction=0.2).levels()]
-    [0.2, 0.36, 0.488, 0.5]
+    Examples:
+        >>> [round(s, 3) for s in Iterative(sparsity=0.5, fraction=0.2).levels()]
+        [0.2, 0.36, 0.488, 0.5]
     """
 
     sparsity: float
@@ -101,8 +104,9 @@ class Gradual:
 
     `"cubic"` is Zhu and Gupta's schedule, s_f + (s_i - s_f)(1 - t)^3.
 
-    >>> [round(s, 3) for s in Gradual(sparsity=0.8, steps=4, ramp="cubic").levels()]
-    [0.463, 0.7, 0.788, 0.8]
+    Examples:
+        >>> [round(s, 3) for s in Gradual(sparsity=0.8, steps=4, ramp="cubic").levels()]
+        [0.463, 0.7, 0.788, 0.8]
     """
 
     sparsity: float

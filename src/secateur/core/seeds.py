@@ -28,10 +28,11 @@ def keyed_seed(seed: int, *keys: str | int) -> int:
     Raises:
         UsageError: a seed or key that is neither an integer nor a string (True and 1.0 are neither).
 
-    >>> keyed_seed(0, "order", 3) == keyed_seed(0, "order", 3)
-    True
-    >>> keyed_seed(0, "order", 3) == keyed_seed(0, "order", 4)
-    False
+    Examples:
+        >>> keyed_seed(0, "order", 3) == keyed_seed(0, "order", 3)
+        True
+        >>> keyed_seed(0, "order", 3) == keyed_seed(0, "order", 4)
+        False
     """
     for key in (seed, *keys):
         # bool is an int to Python, but True and 1 would silently name two different streams in JSON.
@@ -48,9 +49,10 @@ def keyed_generator(seed: int, *keys: str | int) -> torch.Generator:
 
     Draw on the CPU and move the result: the same stream then gives the same numbers on every device.
 
-    >>> a, b = (torch.rand(2, generator=keyed_generator(0, "mask", "conv1")) for _ in range(2))
-    >>> torch.equal(a, b)
-    True
+    Examples:
+        >>> a, b = (torch.rand(2, generator=keyed_generator(0, "mask", "conv1")) for _ in range(2))
+        >>> torch.equal(a, b)
+        True
     """
     return torch.Generator().manual_seed(keyed_seed(seed, *keys))
 
@@ -58,7 +60,8 @@ def keyed_generator(seed: int, *keys: str | int) -> torch.Generator:
 def keyed_numpy(seed: int, *keys: str | int) -> np.random.Generator:
     """A numpy generator (SFC64, the quickest numpy has) for the stream `(seed, *keys)`.
 
-    >>> int(keyed_numpy(0, "x").integers(100)) == int(keyed_numpy(0, "x").integers(100))
-    True
+    Examples:
+        >>> int(keyed_numpy(0, "x").integers(100)) == int(keyed_numpy(0, "x").integers(100))
+        True
     """
     return np.random.Generator(np.random.SFC64(keyed_seed(seed, *keys)))

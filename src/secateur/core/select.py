@@ -41,8 +41,9 @@ def prune_count(cells: int, sparsity: float, rounding: Rounding = "prune_floor")
         rounding: `"prune_floor"` removes floor(s n), never more than asked (thesis, Targeted Dropout);
             `"keep_floor"` keeps floor((1 - s) n) (DDROP's tables); `"nearest"` rounds half up.
 
-    >>> prune_count(10, 0.9), prune_count(10, 0.75, "keep_floor"), prune_count(10, 0.75, "nearest")
-    (9, 8, 8)
+    Examples:
+        >>> prune_count(10, 0.9), prune_count(10, 0.75, "keep_floor"), prune_count(10, 0.75, "nearest")
+        (9, 8, 8)
     """
     if not 0.0 <= sparsity < 1.0:
         raise UsageError(f"sparsity is the fraction removed and lies in [0, 1), got {sparsity}")
@@ -82,12 +83,13 @@ def select(
 
     Returns: bool tensors (True = kept), shaped and placed like `scores`.
 
-    Raises: `DataError` for scores that are NaN; `UsageError` where `min_keep` leaves too few to prune.
+    Raises: `DataError` for scores that are NaN; `UsageError` for a sparsity outside [0, 1).
 
     Cost: one or two reads of the scores; extra memory a few percent of theirs, plus the masks.
 
-    >>> select({"w": torch.tensor([0.5, -0.2, 0.05, 1.0])}, 0.5, absolute=True)
-    {'w': tensor([ True, False, False,  True])}
+    Examples:
+        >>> select({"w": torch.tensor([0.5, -0.2, 0.05, 1.0])}, 0.5, absolute=True)
+        {'w': tensor([ True, False, False,  True])}
     """
     if scope not in ("tensor", "global", "column"):
         raise UnknownNameError("scope", scope, ["tensor", "global", "column"])

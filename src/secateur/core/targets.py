@@ -154,9 +154,10 @@ def find_targets(
     Raises:
         NoEffectError: a pattern matches nothing, or nothing is left.
 
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
-    >>> find_targets(net, exclude=["@last"]).names
-    ['0.weight']
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+        >>> find_targets(net, exclude=["@last"]).names
+        ['0.weight']
     """
     everything = _tie(model, list(_candidates(unwrap(model), kind)))
     if not everything:

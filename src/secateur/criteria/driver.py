@@ -122,7 +122,7 @@ class _Gatherer:
         with _undisturbed(self.model, self.parameters if self.backward else {}):
             for batch in batches:
                 inputs, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
-                self._batch = len(inputs)
+                self._batch = _samples(inputs, labels)
                 if not self._batch:
                     continue
                 # The caller may be inside no_grad.
@@ -195,6 +195,18 @@ class _Gatherer:
                 f'layer "{name}" cannot be scored: {why} during the forward pass; '
                 "exclude it from the targets or choose another criterion"
             )
+
+
+def _samples(inputs: Any, labels: Any) -> int:
+    """Samples in a batch: the length of its labels, or of the first tensor in its inputs."""
+    if isinstance(labels, Tensor) and labels.dim():
+        return len(labels)
+    while not isinstance(inputs, Tensor):
+        values = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
+        if not values:
+            raise DataError("scoring: a batch holds no tensor; expected inputs, or (inputs, labels)")
+        inputs = values[0]
+    return len(inputs)
 
 
 @contextmanager

@@ -93,9 +93,10 @@ def taylor_map(activation: Tensor, gradient: Tensor, unit_axis: int) -> Tensor:
 
     Reference: Molchanov et al. 2017, equation 8.
 
-    >>> h, g = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([[0.5, -0.25], [1.0, 2.0]])
-    >>> float(taylor_map(h[None, None], g[None, None], unit_axis=1))
-    0.5
+    Examples:
+        >>> h, g = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([[0.5, -0.25], [1.0, 2.0]])
+        >>> float(taylor_map(h[None, None], g[None, None], unit_axis=1))
+        0.5
     """
     product = activation * gradient
     if unit_axis == 1:

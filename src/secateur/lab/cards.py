@@ -119,9 +119,10 @@ def recipe_tables() -> str:
 def argument_notes(kind: type) -> dict[str, str]:
     """What the `Args:` section of a class's docstring says about each name.
 
-    >>> from secateur.criteria.magnitude import Magnitude
-    >>> argument_notes(Magnitude)["order"].split(",")[0]
-    '1 or 2'
+    Examples:
+        >>> from secateur.criteria.magnitude import Magnitude
+        >>> argument_notes(Magnitude)["order"].split(",")[0]
+        '1 or 2'
     """
     notes: dict[str, str] = {}
     names: list[str] = []

@@ -10,12 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.core.granularity import parse_granularity
 from secateur.core.groups import Groups
+from secateur.core.targets import find_targets
 from secateur.errors import UsageError
 from secateur.lab.data import Dataset, Loader, evaluation_batches, load_data
 from secateur.lab.evaluate import Evaluation, evaluate
 from secateur.lab.listener import Listener
 from secateur.lab.models import build_model, resolve_builder
+from secateur.lab.plugins import make_regularizer
 from secateur.lab.recipe import Recipe, TrainSpec
 from secateur.lab.runtime import Runtime
 from secateur.lab.store import Store
@@ -112,6 +115,17 @@ class Context:
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if got != [len(images), classes]:
             raise UsageError(f'model "{name}": got outputs {got}, expected {[len(images), classes]} (images, classes)')
+        self._check_targets(model)
+
+    def _check_targets(self, model: nn.Module) -> None:
+        """Every layer pattern matches, and every granularity divides its layers: said before training."""
+        for method in self.recipe.methods:
+            kind = make_regularizer(method.regularizer, self.options.allow_code).acts_on
+            find_targets(model, method.include, method.exclude, kind)
+        for prune in self.recipe.prune:
+            shape = parse_granularity(prune.granularity)
+            for target in find_targets(model, prune.include, prune.exclude):
+                shape.pool(target, model.get_parameter(target.name).detach(), "sum")
 
     @cached_property
     def groups(self) -> Groups:

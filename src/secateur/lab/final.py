@@ -20,7 +20,7 @@ from secateur.errors import CheckpointError
 from secateur.lab.context import Context
 from secateur.lab.plugins import make_regularizer
 from secateur.lab.recipe import FinalSpec, MethodSpec
-from secateur.lab.stages import latency_json, train_stage, trained_model, unit_ranking
+from secateur.lab.stages import latency_json, recalibrate_, train_stage, trained_model, unit_ranking
 from secateur.lab.store import Stage
 from secateur.lab.train import train
 from secateur.surgery.file import load_pruned, save_pruned
@@ -72,7 +72,11 @@ def _deliver(context: Context, method: MethodSpec, seed: int, spec: FinalSpec, f
     masked = copy.deepcopy(dense)
     Masks(plan.masks(masked)).apply_(masked)
     proof = cut_verified_(model, plan, context.example(_PROOF_INPUTS))
-    accuracy = {"dense": context.test(dense).top1, "masked": context.test(masked).top1, "cut": context.test(model).top1}
+    accuracy = {"dense": context.test(dense).top1, "masked": context.test(masked).top1}
+    if context.recipe.prune[spec.prune].recalibrate:
+        # The rows that chose this network were recalibrated too.
+        recalibrate_(model, context)
+    accuracy["cut"] = context.test(model).top1
     if spec.fine_tune is not None:
         train(
             model,
@@ -112,8 +116,7 @@ def _plan(context: Context, model: nn.Module, seed: int, spec: FinalSpec) -> tup
     ranking = unit_ranking(context, model, seed, context.recipe.prune[spec.prune])
     kept: dict[str, Tensor] = {}
     for name, keep in ranking.kept(spec.sparsity).items():
-        one_block = ranking.groups[name].blocks == 1
-        kept[name] = align(keep, ranking.scores[name], spec.align) if one_block else keep
+        kept[name] = align(keep, ranking.scores[name], spec.align, blocks=ranking.groups[name].blocks)
     removed = sum(int((~k).sum()) for k in kept.values())
     return make_plan(model, ranking.groups, kept), removed / sum(k.numel() for k in kept.values())
 

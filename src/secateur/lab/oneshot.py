@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.analysis.cost import Cost, measure_cost
+from secateur.analysis.inputs import as_args, with_batch
 from secateur.core.groups import Groups
 from secateur.core.masks import Masks
 from secateur.core.targets import Targets
@@ -34,6 +35,7 @@ class PruneReport:
         dense, pruned: cost before and after.
         proof: max |masked - cut| on the inputs given.
         plan: what was cut; `save_pruned` needs it.
+        multiple_of: what kept units were rounded up to.
     """
 
     sparsity_asked: float
@@ -42,10 +44,13 @@ class PruneReport:
     pruned: Cost
     proof: CutReport
     plan: Plan
+    multiple_of: int = 1
 
     def __str__(self) -> str:
+        rounded = self.multiple_of > 1 and self.sparsity_got < self.sparsity_asked
+        why = f" (kept units rounded up to multiples of {self.multiple_of})" if rounded else ""
         return (
-            f"asked {self.sparsity_asked:.1%} of units, removed {self.sparsity_got:.1%}: "
+            f"asked {self.sparsity_asked:.1%} of units, removed {self.sparsity_got:.1%}{why}: "
             f"parameters {self.dense.params} -> {self.pruned.params} (x{self.dense.params / self.pruned.params:.2f}), "
             f"MACs {self.dense.macs} -> {self.pruned.macs} (x{self.dense.macs / max(1, self.pruned.macs):.2f}), "
             f"bytes {self.dense.bytes} -> {self.pruned.bytes}; max |masked - cut| = {self.proof.max_abs_diff:.2g}"
@@ -66,9 +71,10 @@ def prune_weights(
     """Masks at `sparsity` by one criterion (magnitude by default). Apply them with `masks.apply_(model)`, keep
     them while training with `masks.hold(model, optimizer)`.
 
-    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    >>> prune_weights(model, 0.75).sparsity
-    0.75
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> prune_weights(model, 0.75).sparsity
+        0.75
     """
     ranking = rank(
         model,
@@ -85,7 +91,7 @@ def prune_weights(
 def prune_units_(
     model: nn.Module,
     sparsity: float,
-    inputs: Tensor,
+    inputs: Tensor | tuple[Any, ...],
     *,
     criterion: Criterion | None = None,
     rule: SelectionRule | None = None,
@@ -102,7 +108,7 @@ def prune_units_(
     Args:
         model: the network; its parameters become smaller ones.
         sparsity: fraction of units to remove in each group, in [0, 1).
-        inputs: a real batch; the masked and the cut network are compared on it.
+        inputs: a real batch (a tensor, or a tuple of positional arguments), on which masked and cut are compared.
         criterion: default magnitude (L2).
         groups: default: traced from `inputs`; pass `trace_groups(...).inner()` to leave residual sums alone.
         multiple_of: kept units are rounded up to a multiple of this where the layer has more, because other
@@ -112,19 +118,20 @@ def prune_units_(
 
     Raises: `EquivalenceError` (nothing changed) if the cut network computes something else; `TraceError`.
     """
-    groups = trace_groups(model, inputs[:1]) if groups is None else groups
+    one = with_batch(as_args(inputs), 1)
+    groups = trace_groups(model, one) if groups is None else groups
     ranking = rank_units(
         model, criterion or Magnitude(), groups, rule=rule, targets=targets, batches=batches, loss=loss
     )
     kept = ranking.kept(sparsity)
     if multiple_of > 1:
         kept = {
-            name: align(keep, ranking.scores[name], multiple_of) if groups[name].blocks == 1 else keep
+            name: align(keep, ranking.scores[name], multiple_of, blocks=groups[name].blocks)
             for name, keep in kept.items()
         }
-    dense = measure_cost(model, inputs[:1])
+    dense = measure_cost(model, one)
     plan = make_plan(model, groups, kept)
     proof = cut_verified_(model, plan, inputs, optimizer=optimizer, ema=ema)
     removed = sum(int((~k).sum()) for k in kept.values())
     got = removed / sum(k.numel() for k in kept.values())
-    return PruneReport(sparsity, got, dense, measure_cost(model, inputs[:1]), proof, plan)
+    return PruneReport(sparsity, got, dense, measure_cost(model, one), proof, plan, multiple_of)

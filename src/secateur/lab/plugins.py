@@ -21,8 +21,9 @@ __all__ = ["make_criterion", "make_regularizer"]
 def make_criterion(spec: Mapping[str, Any], allow_code: Collection[str] = ()) -> Criterion:
     """The criterion a recipe describes.
 
-    >>> make_criterion({"name": "magnitude", "order": 1})
-    Magnitude(order=1)
+    Examples:
+        >>> make_criterion({"name": "magnitude", "order": 1})
+        Magnitude(order=1)
     """
     return cast(Criterion, _make(CRITERIA, spec, Criterion, allow_code))
 

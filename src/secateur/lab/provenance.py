@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from secateur._version import __version__
+
 __all__ = ["PACKAGES", "provenance"]
 
 PACKAGES = (
-    "secateur",
     "torch",
     "torchvision",
     "numpy",
@@ -31,7 +32,7 @@ PACKAGES = (
 def provenance(device: str, threads: int) -> dict[str, Any]:
     """Everything needed to tell two results apart; plain JSON."""
     return {
-        "versions": {name: v for name in PACKAGES if (v := installed(name)) is not None},
+        "versions": {"secateur": __version__, **{n: v for n in PACKAGES if (v := installed(n)) is not None}},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,

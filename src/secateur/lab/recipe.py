@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -36,6 +37,12 @@ def _duration(value: str) -> str:
     if duration.value > _LONGEST:
         raise ValueError(f'duration "{value}" is longer than anything that ends; expected at most {_LONGEST:g}')
     return str(duration)
+
+
+def _absolute(value: str) -> str:
+    if value.endswith("run"):
+        raise ValueError(f"{value} is a fraction of the run whose length this key sets; use ep or it")
+    return value
 
 
 def _named(value: Any) -> Any:
@@ -78,6 +85,8 @@ class OptimizerSpec(_Spec):
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerSpec:
+        if self.name != "sgd" and self.model_fields_set & {"momentum", "nesterov"}:
+            raise ValueError(f"momentum and nesterov belong to sgd, not to {self.name}")
         if self.nesterov and (self.name != "sgd" or not self.momentum):
             raise ValueError("nesterov belongs to sgd with momentum above 0")
         return self
@@ -101,7 +110,9 @@ class LearningRateSpec(_Spec):
 class TrainSpec(_Spec):
     """How to train (or fine-tune)."""
 
-    duration: DurationText = Field("20ep", description="length: epochs (ep) or steps (it)")
+    duration: Annotated[DurationText, AfterValidator(_absolute)] = Field(
+        "20ep", description="length: epochs (ep) or steps (it)"
+    )
     batch_size: int = Field(64, ge=1, description="images a step")
     optimizer: OptimizerSpec = OptimizerSpec()
     lr_schedule: LearningRateSpec = LearningRateSpec()
@@ -129,7 +140,7 @@ class PruneSpec(_Spec):
     scope: Literal["tensor", "global"] = Field("tensor", description="rank inside each tensor, or all together")
     allocation: Literal["uniform", "erk"] = Field("uniform", description="how tensors share the sparsity")
     rounding: Literal["prune_floor", "keep_floor", "nearest"] = Field("prune_floor", description="of counts")
-    sparsities: tuple[Sparsity, ...] = Field((0.0, 0.5, 0.9), description="fractions to remove")
+    sparsities: tuple[Sparsity, ...] = Field((0.0, 0.5, 0.9), min_length=1, description="fractions to remove")
     include: tuple[str, ...] = Field(("*",), description="layers to prune: shell patterns, @first, @last")
     exclude: tuple[str, ...] = Field(("@last",), description="layers to leave whole")
     groups: Literal["all", "inner"] = Field("all", description="unit only: inner leaves residual sums alone")
@@ -146,6 +157,16 @@ class PruneSpec(_Spec):
             raise ValueError('latency and groups belong to granularity "unit": only whole units can be cut')
         if self.granularity == "unit" and self.allocation != "uniform":
             raise ValueError('granularity "unit" takes allocation "uniform"; use scope "global" for uneven widths')
+        if self.granularity == "unit" and self.min_keep < 1:
+            raise ValueError('granularity "unit" needs min_keep of at least 1: a layer without units cannot be cut')
+        if self.scope == "global" and self.allocation != "uniform":
+            raise ValueError('scope "global" ranks all tensors together and takes no allocation')
+        if match := re.fullmatch(r"(\d+):(\d+)", self.granularity):
+            only = 1.0 - int(match[1]) / int(match[2])
+            if self.scope != "tensor" or self.allocation != "uniform":
+                raise ValueError(f"granularity {self.granularity} takes scope tensor and allocation uniform")
+            if any(abs(s - only) > 1e-9 for s in self.sparsities):
+                raise ValueError(f"granularity {self.granularity} always removes {only:g}: sparsities [{only:g}]")
         if len(set(self.sparsities)) != len(self.sparsities):
             raise ValueError("sparsities repeat a value")
         return self
@@ -156,7 +177,7 @@ class FinalSpec(_Spec):
 
     method: str = Field("best", description="a method's label, or best: highest mean accuracy at this sparsity")
     prune: int = Field(0, ge=0, description="which entry of prune (it must have granularity unit)")
-    sparsity: Sparsity = 0.5
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     align: int = Field(16, ge=1, description="round kept units up to a multiple of this; 1 = exactly as asked")
     fine_tune: TrainSpec | None = None
     exports: tuple[Literal["onnx", "torch_export"], ...] = ()
@@ -173,7 +194,7 @@ class Recipe(_Spec):
     model: ModelSpec = ModelSpec()
     train: TrainSpec = TrainSpec()
     methods: tuple[MethodSpec, ...] = (MethodSpec(label="magnitude alone"),)
-    prune: tuple[PruneSpec, ...] = (PruneSpec(),)
+    prune: tuple[PruneSpec, ...] = Field((PruneSpec(),), min_length=1)
     final: FinalSpec | None = None
 
     @model_validator(mode="after")

@@ -6,16 +6,18 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from secateur.analysis.latency import device_name
-from secateur.errors import CheckpointError, StorageError, UsageError
+from secateur.core.duration import Duration
+from secateur.errors import CheckpointError, MissingExtraError, SecateurError, StorageError, UsageError
 from secateur.lab.context import Context, Options
 from secateur.lab.final import choose_method, final_stage, run_final
-from secateur.lab.listener import Listener
+from secateur.lab.listener import Interrupted, Listener
 from secateur.lab.provenance import provenance
 from secateur.lab.recipe import MethodSpec, Recipe
 from secateur.lab.recipe_file import write_recipe
@@ -49,7 +51,7 @@ def plan_run(recipe: Recipe, options: Options) -> list[Planned]:
         return planned
     if not all(stage.done for stage in planned):
         return [*planned, Planned("deliver one network (which, the rows decide)", "-", False)]
-    method, _ = choose_method(context, recipe.final, _prune_all(context))
+    method, _ = choose_method(context, recipe.final, _kept_rows(context))
     stage = final_stage(context, method, recipe.seeds[0], recipe.final)
     return [*planned, Planned(f"deliver {method.label}", stage.key, stage.done)]
 
@@ -72,13 +74,14 @@ def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = Non
             write_recipe(recipe, folder / "recipe.yaml")
         except OSError as error:
             raise StorageError(f"cannot write {folder / 'recipe.yaml'}: {error.strerror}") from error
+        _check_exports(recipe)
         context.check_model()
         if not options.resume:
             for _, stage in _stages(context):
                 stage.forget()
         trainings = _train_all(context)
         rows = _prune_all(context)
-        result = {
+        result: dict[str, Any] = {
             "schema": 1,
             "name": recipe.name,
             "recipe_hash": recipe.hash,
@@ -89,12 +92,21 @@ def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = Non
             "methods": [_method(m) for m in recipe.methods],
             "trainings": trainings,
             "rows": rows,
-            "final": _final(context, rows),
-            "wall_seconds": time.perf_counter() - started,
+            "final": None,
         }
+        failure: SecateurError | None = None
+        try:
+            result["final"] = _final(context, rows)
+        except Interrupted:
+            raise
+        except SecateurError as error:
+            failure = error  # what was measured before is worth its report all the same
+        result["wall_seconds"] = time.perf_counter() - started
         write_json(folder / "result.json", result)
         listener.message("writing the report")
         write_report([result], folder / "report")
+        if failure is not None:
+            raise failure
     return {**result, "folder": str(folder)}
 
 
@@ -123,6 +135,13 @@ def list_runs(out: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _check_exports(recipe: Recipe) -> None:
+    """Say before training, not after it, that an export cannot be made here."""
+    wanted = recipe.final is not None and "onnx" in recipe.final.exports
+    if wanted and not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise MissingExtraError("exporting to ONNX", "onnx")
+
+
 def _stages(context: Context) -> list[tuple[str, Stage]]:
     recipe = context.recipe
     found = []
@@ -135,6 +154,16 @@ def _stages(context: Context) -> list[tuple[str, Stage]]:
             if spec.latency and seed == recipe.seeds[0]:
                 found.append((f"time {title}", latency_stage(context, method, seed, spec)))
     return found
+
+
+def _kept_rows(context: Context) -> list[dict[str, Any]]:
+    """The rows of finished prune stages, read without touching the stages."""
+    return [
+        {"method": method.label, "seed": seed, "prune": number, **row}
+        for number, spec in enumerate(context.recipe.prune)
+        for method, seed in _columns(context.recipe)
+        for row in prune_stage(context, method, seed, spec).result()["rows"]
+    ]
 
 
 def _columns(recipe: Recipe) -> list[tuple[MethodSpec, int]]:
@@ -150,7 +179,9 @@ def _train_all(context: Context) -> list[dict[str, Any]]:
     trainings = []
     for method, seed in _columns(context.recipe):
         title, cached = f"train {method.label}, seed {seed}", train_stage(context, method, seed).done
-        context.listener.stage_started(title, 0)
+        spec = context.recipe.train
+        steps = Duration.parse(spec.duration).steps(context.loader(spec, seed).steps_per_epoch)
+        context.listener.stage_started(title, steps)
         trained = run_train(context, method, seed)
         context.listener.stage_finished(title, cached)
         trainings.append({"method": method.label, "seed": seed, **trained})

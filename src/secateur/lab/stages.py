@@ -22,6 +22,7 @@ from secateur.lab.plugins import make_criterion, make_regularizer
 from secateur.lab.recipe import MethodSpec, PruneSpec
 from secateur.lab.store import Stage
 from secateur.lab.train import train
+from secateur.registry import code_hash
 from secateur.sparsify.ranking import SelectionRule, UnitRanking, rank, rank_units
 from secateur.surgery.cut import cut_
 from secateur.surgery.plan import make_plan
@@ -51,12 +52,18 @@ def train_stage(context: Context, method: MethodSpec, seed: int) -> Stage:
             "model": recipe.model.model_dump(mode="json"),
             "train": recipe.train.model_dump(mode="json"),
             "regularizer": method.regularizer,
+            "code": _code(context, recipe.model.name, method.regularizer["name"]),
             "include": list(method.include),
             "exclude": list(method.exclude),
             "seed": seed,
             "device": context.runtime.device.type,
         },
     )
+
+
+def _code(context: Context, *names: str) -> list[str | None]:
+    """What the caller's own code contributes to a stage's key: editing it is another stage."""
+    return [code_hash(name, context.options.allow_code) for name in names]
 
 
 def run_train(context: Context, method: MethodSpec, seed: int) -> dict[str, Any]:
@@ -99,6 +106,7 @@ def trained_model(context: Context, method: MethodSpec, seed: int) -> nn.Module:
 def prune_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> Stage:
     """Pruning one trained network one way, at every sparsity."""
     settings = spec.model_dump(mode="json", exclude={"latency"})
+    settings["code"] = _code(context, spec.criterion["name"])
     return context.store.stage("prune", {"train": train_stage(context, method, seed).key, **settings})
 
 

@@ -68,9 +68,10 @@ def wilson(correct: int, count: int, confidence: float = 0.95) -> tuple[float, f
     Returns the two ends, each in [0, 1]; never of zero width, also at 0 or `count` correct.
     Reference: Wilson 1927; Agresti and Coull 1998.
 
-    >>> low, high = wilson(0, 10)
-    >>> round(low, 4), round(high, 4)
-    (0.0, 0.2775)
+    Examples:
+        >>> low, high = wilson(0, 10)
+        >>> round(low, 4), round(high, 4)
+        (0.0, 0.2775)
     """
     if count < 1 or not 0 <= correct <= count:
         raise UsageError(f"wilson: got {correct} correct of {count}; expected 0 <= correct <= count, count >= 1")
@@ -151,8 +152,9 @@ def paired_difference(
     Randomness: the bootstrap draws from `numpy.random.default_rng(seed)`; nothing else is random.
     Reference: Efron and Tibshirani 1993, ch. 14 (BCa); Agresti and Min 2005 (paired proportions).
 
-    >>> paired_difference({0: 0.9, 1: 0.8, 2: 0.7}, {0: 0.7, 1: 0.5, 2: 0.3}).resolved
-    True
+    Examples:
+        >>> paired_difference({0: 0.9, 1: 0.8, 2: 0.7}, {0: 0.7, 1: 0.5, 2: 0.3}).resolved
+        True
     """
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
@@ -182,6 +184,7 @@ def paired_difference(
         if mean - half < low or mean + half > high:
             name += ", widened to the test-set floor"
         low, high, p = min(low, mean - half), max(high, mean + half), max(p, _normal_p(mean / error))
+        low, high = max(low, -1.0), min(high, 1.0)  # a difference of two shares
     return Interval(mean, low, high, n, name, p, confidence)
 
 
@@ -191,8 +194,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Comparing each with alpha keeps the chance of any false claim in the whole family at or below alpha,
     however the comparisons depend on each other. Reference: Holm 1979.
 
-    >>> holm([0.01, 0.04, 0.03, 0.005])
-    [0.03, 0.06, 0.06, 0.02]
+    Examples:
+        >>> holm([0.01, 0.04, 0.03, 0.005])
+        [0.03, 0.06, 0.06, 0.02]
     """
     adjusted, running, size = [1.0] * len(p_values), 0.0, len(p_values)
     for rank, index in enumerate(sorted(range(size), key=p_values.__getitem__)):

@@ -53,13 +53,13 @@ class Attachment:
         self.progress = Progress(0, 0, 1) if not spec.draws_noise else Progress(0, 1, 1)
         self._forwards = 0
         self._handles: list[Any] = []
-        self._attached = True
         if spec.draws_noise:
             self._handles.append(model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True))
             self._handles.append(model.register_forward_hook(Hook(lambda *_: self.resume()), always_call=True))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
+            self._refuse_replaced()
             self._forwards += 1
             self.begin(args, kwargs)
         elif torch.is_grad_enabled():
@@ -67,6 +67,14 @@ class Attachment:
             self.end()
         else:
             self.pause()
+
+    def _refuse_replaced(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.network.get_parameter(name) is not parameter:
+                raise UsageError(
+                    f'{type(self.spec).__name__}: "{name}" was replaced while attached (the network was cut); '
+                    "finalize() or remove() before a cut, and attach again after it"
+                )
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A training forward pass is about to run."""
@@ -125,7 +133,6 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._attached = False
 
     def __enter__(self) -> Attachment:
         return self

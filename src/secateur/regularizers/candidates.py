@@ -23,8 +23,9 @@ def lowest(values: Tensor, k: int) -> Tensor:
     Among equal magnitudes the lowest index comes first. On the CPU by partial partitioning (about 1 ns an
     entry); elsewhere by a stable sort.
 
-    >>> lowest(torch.tensor([[3.0, 1.0, -2.0, -1.0]]), 1).tolist()
-    [[False, True, False, False]]
+    Examples:
+        >>> lowest(torch.tensor([[3.0, 1.0, -2.0, -1.0]]), 1).tolist()
+        [[False, True, False, False]]
     """
     if k <= 0:
         return torch.zeros_like(values, dtype=torch.bool)

@@ -75,9 +75,10 @@ def keep_probabilities(scores: Tensor, keep_min: float, keep_max: float) -> Tens
 
     rank_i = number of other units whose score is not larger (ties share the highest rank).
 
-    >>> import torch
-    >>> keep_probabilities(torch.tensor([0.5, 0.1, 0.3, 0.3, 0.9]), 0.6, 1.0)
-    tensor([0.9000, 0.6000, 0.8000, 0.8000, 1.0000])
+    Examples:
+        >>> import torch
+        >>> keep_probabilities(torch.tensor([0.5, 0.1, 0.3, 0.3, 0.9]), 0.6, 1.0)
+        tensor([0.9000, 0.6000, 0.8000, 0.8000, 1.0000])
     """
     import torch
 

@@ -17,8 +17,9 @@ __all__ = ["NoiseStream", "as_numbers"]
 def as_numbers(decisions: Tensor, dtype: torch.dtype) -> Tensor:
     """Bool to 1 and 0 of `dtype`. By way of bytes, because torch converts bools five times slower on the CPU.
 
-    >>> as_numbers(torch.tensor([True, False]), torch.float32)
-    tensor([1., 0.])
+    Examples:
+        >>> as_numbers(torch.tensor([True, False]), torch.float32)
+        tensor([1., 0.])
     """
     return decisions.view(torch.uint8).to(dtype)
 

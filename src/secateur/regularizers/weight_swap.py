@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import WeightNoise
 
 __all__ = ["WeightSwap"]
+
+# Every swap that is attached.
+_LIVE: weakref.WeakSet[WeightSwap] = weakref.WeakSet()
 
 
 class WeightSwap(Attachment):
@@ -39,6 +43,7 @@ class WeightSwap(Attachment):
         self._used = self._paused = False
         self._had_hooks = {n: p._backward_hooks is not None for n, p in self.parameters.items()}
         self._hooked: set[str] = set()
+        self._refuse_shared()
         self._hook_gradients()
         # Other code reads and writes the weights here: they must be the plain ones.
         self._handles.append(register_optimizer_step_pre_hook(self._before_step))
@@ -68,6 +73,18 @@ class WeightSwap(Attachment):
             return value
 
         return call
+
+    def _refuse_shared(self) -> None:
+        """Two swaps of one parameter would each take the other's noisy weights for plain ones."""
+        owned = {id(p): name for other in _LIVE for name, p in other.parameters.items()}
+        for name, parameter in self.parameters.items():
+            if id(parameter) in owned:
+                self.remove()
+                raise UsageError(
+                    f'"{name}" is already under the weight noise of another attached regularizer; '
+                    "remove that one first, or give each its own targets"
+                )
+        _LIVE.add(self)
 
     def _gradient_hook(self, name: str) -> Any:
         def multiply(gradient: Tensor) -> Tensor:
@@ -139,6 +156,7 @@ class WeightSwap(Attachment):
     def remove(self) -> None:
         # Not end(): removal must succeed, also while an exception passes by.
         self._restore()
+        _LIVE.discard(self)
         super().remove()
         self._noisy.clear()
         for name, parameter in self.parameters.items():

@@ -125,6 +125,10 @@ def rank(
     """
     rule = rule or SelectionRule()
     shape = parse_granularity(granularity)
+    if isinstance(shape, NofM) and (rule.scope != "tensor" or rule.allocation != "uniform"):
+        raise UsageError(
+            f"granularity {shape} takes scope tensor and allocation uniform, got {rule.scope}, {rule.allocation}"
+        )
     chosen = find_targets(model) if targets is None else targets
     (scores,) = score_targets(model, chosen, [criterion], batches=batches, loss=loss, seed=rule.seed)
     return Ranking(

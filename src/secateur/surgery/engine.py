@@ -82,10 +82,11 @@ def trace_groups(
     Cost: one forward pass on the CPU with one thread, plus a few copies of the index sets; no extra weights for
     networks that live on the CPU.
 
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> groups = trace_groups(net, torch.zeros(1, 4))
-    >>> groups["0.weight"].units, groups["2.weight"].blocked
-    (8, 'its units are the output of the network')
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> groups = trace_groups(net, torch.zeros(1, 4))
+        >>> groups["0.weight"].units, groups["2.weight"].blocked
+        (8, 'its units are the output of the network')
     """
     model = unwrap(model)
     if not timeout > 0:

@@ -264,8 +264,9 @@ def align(kept: Tensor, scores: Tensor, multiple: int = 16, *, blocks: int = 1) 
             count is one already, or where there are fewer units than `multiple`.
         blocks: as in `Group`: every block keeps equally many.
 
-    >>> align(torch.tensor([True, False, False, True, False]), torch.tensor([5.0, 1, 3, 4, 2]), 3).tolist()
-    [True, False, True, True, False]
+    Examples:
+        >>> align(torch.tensor([True, False, False, True, False]), torch.tensor([5.0, 1, 3, 4, 2]), 3).tolist()
+        [True, False, True, True, False]
     """
     if kept.dtype != torch.bool or kept.ndim != 1 or scores.shape != kept.shape:
         raise UsageError(

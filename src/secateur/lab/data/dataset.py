@@ -161,10 +161,11 @@ def stratified(labels: Tensor, count: int, seed: int, purpose: str) -> tuple[Ten
 
     Randomness: the stream `(seed, purpose)`; the same labels and seed give the same split.
 
-    >>> labels = torch.arange(20) % 2
-    >>> drawn, rest = stratified(labels, 6, seed=0, purpose="doc")
-    >>> labels[drawn].bincount().tolist(), len(rest)
-    ([3, 3], 14)
+    Examples:
+        >>> labels = torch.arange(20) % 2
+        >>> drawn, rest = stratified(labels, 6, seed=0, purpose="doc")
+        >>> labels[drawn].bincount().tolist(), len(rest)
+        ([3, 3], 14)
     """
     if not 0 <= count <= len(labels):
         raise UsageError(f"{purpose} split: got {count} images, expected 0 to {len(labels)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.errors import DataError, UnknownNameError, UsageError
+from secateur.errors import DataError, NoEffectError, UnknownNameError, UsageError
 from secateur.lab.data.catalog import DATASETS
 from secateur.lab.data.dataset import Dataset, Normalize, fingerprint, stratified
 from secateur.lab.data.sources import (
@@ -67,6 +67,11 @@ def load_data(
     `digits` is always the same.
     """
     arrays = _find(name, data_dir, download, num_classes, image_size, memory_limit)
+    if image_size is not None and arrays.train_images.shape[-2:] != (image_size, image_size):
+        raise NoEffectError(
+            f'data "{name}": image_size={image_size} resizes image folders only, and these are arrays of '
+            f"{list(arrays.train_images.shape[1:])}; leave it out"
+        )
     train_images, train_labels = arrays.train_images, arrays.train_labels
     test_images, test_labels = arrays.test_images, arrays.test_labels
     transform = _normalization(name, arrays, normalize)

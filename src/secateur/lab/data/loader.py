@@ -85,11 +85,12 @@ class Loader:
 
     Cost: on one core a few microseconds an image of 3x32x32 with `crop_flip`; memory for one batch and one order.
 
-    >>> loader = Loader(torch.arange(6.0).view(6, 1, 1, 1), torch.arange(6), batch_size=4, seed=0)
-    >>> loader.steps_per_epoch, [len(loader.batch(step)[1]) for step in range(3)]
-    (2, [4, 2, 4])
-    >>> torch.equal(loader.batch(5)[0], loader.batch(5)[0])
-    True
+    Examples:
+        >>> loader = Loader(torch.arange(6.0).view(6, 1, 1, 1), torch.arange(6), batch_size=4, seed=0)
+        >>> loader.steps_per_epoch, [len(loader.batch(step)[1]) for step in range(3)]
+        (2, [4, 2, 4])
+        >>> torch.equal(loader.batch(5)[0], loader.batch(5)[0])
+        True
     """
 
     def __init__(

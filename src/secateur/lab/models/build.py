@@ -49,9 +49,10 @@ def build_model(
 
     Randomness: the global CPU generator of torch is seeded for the builder and put back as it was.
 
-    >>> net = build_model("mlp", num_classes=10, in_shape=(1, 28, 28), kwargs={"hidden": [40, 40]})
-    >>> sum(p.numel() for p in net.parameters())
-    33450
+    Examples:
+        >>> net = build_model("mlp", num_classes=10, in_shape=(1, 28, 28), kwargs={"hidden": [40, 40]})
+        >>> sum(p.numel() for p in net.parameters())
+        33450
     """
     import torch
 

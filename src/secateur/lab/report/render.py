@@ -88,7 +88,7 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     final = checked.final
     lines.append("")
     if final is None:
-        return [*lines, f"Final network: {NOT_MEASURED}"]
+        return [*lines, "Final network: none (the recipe delivers none, or its delivery failed)"]
     seed = "" if final.seed is None else f", seed {final.seed}"
     lines.append(f"Final network: {final.method}{seed}, cut by {final.granularity or 'granularity not recorded'}")
     lines += [f"  {line}" for line in asked_lines(final)]

@@ -12,8 +12,9 @@ NOT_MEASURED = "not measured"
 def percent(share: float | None, digits: int = 1) -> str:
     """A share in [0, 1] as percent; whole percents without a decimal where `digits` is 0.
 
-    >>> percent(0.875), percent(None)
-    ('87.5 %', 'not measured')
+    Examples:
+        >>> percent(0.875), percent(None)
+        ('87.5 %', 'not measured')
     """
     return NOT_MEASURED if share is None else f"{100 * share:.{digits}f} %"
 
@@ -21,8 +22,9 @@ def percent(share: float | None, digits: int = 1) -> str:
 def level(sparsity: float) -> str:
     """A sparsity as it was asked for, without trailing zeros.
 
-    >>> level(0.9), level(0.995)
-    ('90 %', '99.5 %')
+    Examples:
+        >>> level(0.9), level(0.995)
+        ('90 %', '99.5 %')
     """
     return f"{round(100 * sparsity, 4):g} %"
 
@@ -30,8 +32,9 @@ def level(sparsity: float) -> str:
 def points(difference: float, signed: bool = False) -> str:
     """A difference of shares in points, one decimal.
 
-    >>> points(0.123), points(-0.0001, signed=True)
-    ('12.3', '0.0')
+    Examples:
+        >>> points(0.123), points(-0.0001, signed=True)
+        ('12.3', '0.0')
     """
     value = round(100 * difference, 1) + 0.0  # + 0.0 turns -0.0 into 0.0
     return f"{value:+.1f}" if signed and value else f"{value:.1f}"
@@ -40,8 +43,9 @@ def points(difference: float, signed: bool = False) -> str:
 def span(interval: Interval) -> str:
     """Both ends in points.
 
-    >>> span(Interval(0.1, 0.098, 0.146, 5, "t"))
-    '9.8..14.6'
+    Examples:
+        >>> span(Interval(0.1, 0.098, 0.146, 5, "t"))
+        '9.8..14.6'
     """
     if interval.low is None or interval.high is None:
         return "no interval"
@@ -51,8 +55,9 @@ def span(interval: Interval) -> str:
 def many(count: int, noun: str, plural: str = "") -> str:
     """A count with its noun.
 
-    >>> many(1, "seed"), many(3, "seed")
-    ('1 seed', '3 seeds')
+    Examples:
+        >>> many(1, "seed"), many(3, "seed")
+        ('1 seed', '3 seeds')
     """
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
@@ -60,8 +65,9 @@ def many(count: int, noun: str, plural: str = "") -> str:
 def amount(value: float | None) -> str:
     """A count with thousands separated.
 
-    >>> amount(1234567), amount(None)
-    ('1,234,567', 'not measured')
+    Examples:
+        >>> amount(1234567), amount(None)
+        ('1,234,567', 'not measured')
     """
     return NOT_MEASURED if value is None else f"{value:,.0f}"
 
@@ -69,8 +75,9 @@ def amount(value: float | None) -> str:
 def sized(value: float | None) -> str:
     """Bytes in powers of 1024.
 
-    >>> sized(900), sized(2048)
-    ('900 B', '2.0 KiB')
+    Examples:
+        >>> sized(900), sized(2048)
+        ('900 B', '2.0 KiB')
     """
     if value is None:
         return NOT_MEASURED
@@ -85,8 +92,9 @@ def sized(value: float | None) -> str:
 def times(before: float | None, after: float | None) -> str:
     """How many times smaller `after` is.
 
-    >>> times(100, 25), times(1, None)
-    ('4.00x smaller', 'not measured')
+    Examples:
+        >>> times(100, 25), times(1, None)
+        ('4.00x smaller', 'not measured')
     """
     if before is None or after is None or before <= 0 or after <= 0:
         return NOT_MEASURED
@@ -96,7 +104,8 @@ def times(before: float | None, after: float | None) -> str:
 def tiny(value: float | None) -> str:
     """A small number in three digits.
 
-    >>> tiny(1.25e-7), tiny(0.0)
-    ('1.25e-07', '0')
+    Examples:
+        >>> tiny(1.25e-7), tiny(0.0)
+        ('1.25e-07', '0')
     """
     return NOT_MEASURED if value is None else f"{value:.3g}"
