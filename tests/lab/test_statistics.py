@@ -210,3 +210,8 @@ def test_holm_keeps_false_claims_rare() -> None:
 
 def test_negated_keeps_missing_ends() -> None:
     assert Interval(0.1, None, None, 1, "none").negated().low is None
+
+
+def test_a_difference_of_shares_stays_within_a_hundred_points() -> None:
+    found = paired_difference({0: 0.9, 1: 0.1}, {0: 0.2, 1: 0.8}, count=100)
+    assert (found.low, found.high) == (-1.0, 1.0)
