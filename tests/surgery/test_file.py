@@ -289,3 +289,16 @@ def test_half_precision_and_integer_inputs(tmp_path: Path) -> None:
 
 def words() -> nn.Module:
     return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def test_one_flipped_bit_is_caught(tmp_path: Path) -> None:
+    file = tmp_path / "small.safetensors"
+    from secateur.lab.models.small import mlp
+
+    kwargs = {"hidden": [3], "num_classes": 2, "in_shape": [1, 2, 2]}
+    save_pruned(file, mlp(**kwargs), builder="secateur.lab.models.small:mlp", kwargs=kwargs, plan=[])
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="altered or damaged"):
+        load_pruned(file)

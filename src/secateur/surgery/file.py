@@ -6,6 +6,7 @@ tensors are those of the pruned one. A stored answer to a fixed input shows that
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -44,6 +45,7 @@ class PrunedHeader:
         kwargs: its arguments.
         plans: the cuts, in order.
         fingerprint: of the pruned network.
+        digest: SHA-256 of all tensors in the file.
         tied: alias -> name under which the tensor is stored.
         check: shapes, types and ranges of the inputs whose answer is stored; empty if none is.
         extra: what the caller added.
@@ -54,6 +56,7 @@ class PrunedHeader:
     kwargs: dict[str, Any]
     plans: tuple[Plan, ...]
     fingerprint: str
+    digest: str
     tied: dict[str, str]
     check: tuple[dict[str, Any], ...]
     extra: dict[str, Any]
@@ -102,6 +105,7 @@ def save_pruned(
         "kwargs": dict(kwargs),
         "plans": [p.to_dict() for p in plans],
         "fingerprint": fingerprint(model),
+        "digest": _digest(tensors),
         "tied": tied,
         "check": check,
         "extra": dict(extra or {}),
@@ -151,10 +155,16 @@ def load_pruned(
             "that library installed?"
         ) from error
     tensors = _read_tensors(file)
+    digest = _digest(tensors)
     stored = [tensors.pop(f"{_CHECK}{i}") for i in range(len(tensors)) if f"{_CHECK}{i}" in tensors]
     _fill(file, model, tensors, header)
     model.to(device).eval()
     check_answers(str(file), model, header.check, stored)
+    # Last, because what is wrong in particular says more than that something is.
+    if digest != header.digest:
+        raise CheckpointError(
+            f"{file}: its tensors are not those that were saved; it was altered or damaged, copy it again"
+        )
     return model
 
 
@@ -237,6 +247,15 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: cannot be read ({error}); copy it again") from None
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _parse_header(file: Path, metadata: Mapping[str, str]) -> PrunedHeader:
     if "secateur" not in metadata:
         raise CheckpointError(
@@ -254,6 +273,7 @@ def _parse_header(file: Path, metadata: Mapping[str, str]) -> PrunedHeader:
             kwargs=dict(header["kwargs"]),
             plans=tuple(Plan.from_dict(plan) for plan in header["plans"]),
             fingerprint=str(header["fingerprint"]),
+            digest=str(header["digest"]),
             tied={str(k): str(v) for k, v in header["tied"].items()},
             check=tuple(dict(c) for c in header["check"]),
             extra=dict(header["extra"]),
