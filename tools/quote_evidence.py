@@ -67,7 +67,8 @@ def main() -> None:
         evidence = f"{ABOUT[file]}\n\n" + quote(file, rows)
         if file == DEMO:
             if path.stem == "ddrop":
-                evidence += "\nThe demo ranks all networks by magnitude; |gamma| (`bn_gamma`) is not yet measured here.\n"
+                evidence += "\nThe demo ranks all networks by magnitude; "
+                evidence += "|gamma| (`bn_gamma`) is not yet measured here.\n"
             evidence += "\nA random control, for units: [random](random.md).\n"
         text = section(path.read_text(), "Cost (measured)", cost)
         text = section(text, "Evidence", evidence)
