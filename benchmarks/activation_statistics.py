@@ -2,8 +2,8 @@
 
     python benchmarks/activation_statistics.py [--rounds 9] [--json FILE]
 
-Each goes through `gather_evidence` on one batch. The ratio is to a plain forward pass with a no-op hook on every
-layer. Beside ours, the usual form: hooks that call abs().mean(), var() and (a == 0).mean().
+Each goes through `gather_evidence` on four batches. The ratio is to plain forward passes over the same batches with
+a no-op hook on every layer. Beside ours, the usual form: hooks that call abs().mean(), var() and (a == 0).mean().
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from secateur.lab.models import build_model
 
 WANTED = ("mean_abs", "variance", "zero_fraction")
 PLAIN = "plain forward"
+BATCHES = 4
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -32,7 +33,8 @@ def plain(model: nn.Module, batch: Tensor) -> Callable[[], Any]:
     def run() -> None:
         handles = [m.register_forward_hook(lambda *_: None) for m in layers(model)]
         with torch.no_grad():
-            model(batch)
+            for _ in range(BATCHES):
+                model(batch)
         for handle in handles:
             handle.remove()
 
@@ -41,7 +43,7 @@ def plain(model: nn.Module, batch: Tensor) -> Callable[[], Any]:
 
 def ours(model: nn.Module, batch: Tensor, needs: frozenset[Any]) -> Callable[[], Any]:
     targets = find_targets(model)
-    return lambda: gather_evidence(model, targets, needs, batches=[batch])
+    return lambda: gather_evidence(model, targets, needs, batches=[batch] * BATCHES)
 
 
 def usual(model: nn.Module, batch: Tensor) -> Callable[[], Any]:
@@ -54,7 +56,8 @@ def usual(model: nn.Module, batch: Tensor) -> Callable[[], Any]:
     def run() -> None:
         handles = [m.register_forward_hook(look) for m in layers(model)]
         with torch.no_grad():
-            model(batch)
+            for _ in range(BATCHES):
+                model(batch)
         for handle in handles:
             handle.remove()
 

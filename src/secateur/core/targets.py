@@ -6,6 +6,7 @@ a matrix with one row per unit, so that no other file needs to know how a layer 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -64,7 +65,7 @@ class Target:
 
     @property
     def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
 
     @property
     def fan_in(self) -> int:

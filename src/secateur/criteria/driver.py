@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.core.granularity import Granularity, Unit
 from secateur.core.targets import Target, Targets, unwrap
 from secateur.criteria.base import Criterion, Evidence, Need
-from secateur.criteria.observe import UnitOutputs
+from secateur.criteria.observe import Activation, UnitOutputs
 from secateur.criteria.statistics import ActivationStatistics, taylor_map
 from secateur.errors import DataError, UsageError
 
@@ -153,19 +153,20 @@ class _Gatherer:
                 weighted = gradient.detach() * self._batch
                 self.gradients[name] = self.gradients[name].add_(weighted) if name in self.gradients else weighted
 
-    def _on_output(self, name: str, activation: Tensor, axis: int, clobbered: bool) -> None:
+    def _on_output(self, activation: Activation, clobbered: bool) -> None:
+        name, value, axis, nonnegative = activation
         self.seen.add(name)
-        self.statistics[name].update(activation.detach(), axis)
-        if "activation_gradients" in self.needs and activation.requires_grad:
-            value = activation.detach().clone() if clobbered else activation.detach()
+        self.statistics[name].update(value, axis, nonnegative)
+        if "activation_gradients" in self.needs and value.requires_grad:
+            kept = value.detach().clone() if clobbered else value.detach()
             samples = self._batch
 
             def on_gradient(gradient: Tensor) -> None:
                 # The loss is a mean over the batch: undo its 1 / batch to speak per sample.
-                total = taylor_map(value, gradient * samples, axis)
+                total = taylor_map(kept, gradient * samples, axis)
                 self.taylor[name] = self.taylor[name] + total if name in self.taylor else total
 
-            activation.register_hook(on_gradient)
+            value.register_hook(on_gradient)
 
     def results(self, targets: Targets) -> dict[str, dict[str, Tensor]]:
         by_id = {id(p): p for p in self.model.parameters()}
@@ -212,15 +213,16 @@ def _samples(inputs: Any, labels: Any) -> int:
 @contextmanager
 def _undisturbed(model: nn.Module, needing_grad: dict[str, nn.Parameter]) -> Any:
     """Eval mode and gradients where needed; every flag put back afterwards."""
-    modes = {m: m.training for m in model.modules()}
+    training = [m for m in model.modules() if m.training]
     flags = {p: p.requires_grad for p in needing_grad.values()}
     try:
-        model.eval()
+        if training:
+            model.eval()
         for parameter in flags:
             parameter.requires_grad_(True)
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module in training:
+            module.training = True
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

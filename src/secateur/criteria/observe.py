@@ -8,12 +8,12 @@ BatchNorm until something else (another layer, an addition, a pooling) consumes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["UnitOutputs"]
+__all__ = ["Activation", "UnitOutputs"]
 
 _LAYERS = {
     "linear": -1,
@@ -70,14 +70,29 @@ _FOLLOWED = frozenset(
         "contiguous",
     ]
 )
+# No value below zero comes out of these; the others in `_FOLLOWED` may give one.
+_NONNEGATIVE = frozenset(["relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softplus"])
+_KEEP_SIGN = frozenset(["dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "contiguous"])
 # Looking at a tensor does not use it up.
 _LOOKS = frozenset(
     ["__get__", "size", "dim", "numel", "is_floating_point", "is_contiguous", "stride", "device", "dtype", "__len__"]
 )
 
 
+class Activation(NamedTuple):
+    """The units of target `name` at work: `value`, with one unit per index along `unit_axis`.
+
+    `nonnegative` is True where the function that made it allows no value below zero.
+    """
+
+    name: str
+    value: Tensor
+    unit_axis: int
+    nonnegative: bool = False
+
+
 class UnitOutputs(TorchFunctionMode):
-    """Calls `on_output(name, activation, unit_axis, clobbered)` once per layer call inside the `with` block.
+    """Calls `on_output(activation, clobbered)` once per layer call inside the `with` block.
 
     Args:
         weights: id of the weight tensor -> target name.
@@ -86,11 +101,11 @@ class UnitOutputs(TorchFunctionMode):
     After the block, `norms` maps target names to the id of the BatchNorm scale that follows them.
     """
 
-    def __init__(self, weights: Mapping[int, str], on_output: Callable[[str, Tensor, int, bool], None]) -> None:
+    def __init__(self, weights: Mapping[int, str], on_output: Callable[[Activation, bool], None]) -> None:
         super().__init__()
         self._weights = dict(weights)
         self._on_output = on_output
-        self._open: dict[int, tuple[str, Tensor, int]] = {}
+        self._open: dict[int, Activation] = {}
         self.norms: dict[str, int] = {}
 
     def __torch_function__(
@@ -106,11 +121,12 @@ class UnitOutputs(TorchFunctionMode):
             return func(*args, **kwargs)
         source = args[0] if args else kwargs.get("input")
         if name in _FOLLOWED and id(source) in self._open:
-            layer, _, axis = self._open.pop(id(source))
+            layer, _, axis, nonnegative = self._open.pop(id(source))
             if name == "batch_norm":
                 self._remember_norm(layer, args, kwargs)
             out = func(*args, **kwargs)
-            self._open[id(out)] = (layer, out, axis)
+            nonnegative = name in _NONNEGATIVE or (nonnegative and name in _KEEP_SIGN)
+            self._open[id(out)] = Activation(layer, out, axis, nonnegative)
             return out
         if self._open:
             self._close_inputs(args, kwargs, clobbered=_writes_in_place(name))
@@ -119,7 +135,7 @@ class UnitOutputs(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             known = self._weights.get(id(weight))
             if known is not None:
-                self._open[id(out)] = (known, out, _LAYERS[name])
+                self._open[id(out)] = Activation(known, out, _LAYERS[name])
         return out
 
     def _remember_norm(self, layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,19 +149,16 @@ class UnitOutputs(TorchFunctionMode):
             item = stack.pop()
             if isinstance(item, Tensor):
                 if id(item) in self._open:
-                    self._emit(*self._open.pop(id(item)), clobbered)
+                    self._on_output(self._open.pop(id(item)), clobbered)
             elif isinstance(item, list | tuple):
                 stack.extend(item)
-
-    def _emit(self, layer: str, activation: Tensor, axis: int, clobbered: bool) -> None:
-        self._on_output(layer, activation, axis, clobbered)
 
     def finish(self) -> None:
         """Report outputs that nothing consumed (the network's own outputs). Call after each forward pass."""
         # Taken out first: what on_output computes must not be seen as uses of the outputs it is given.
         left, self._open = list(self._open.values()), {}
-        for layer, activation, axis in left:
-            self._emit(layer, activation, axis, False)
+        for activation in left:
+            self._on_output(activation, False)
 
 
 def _writes_in_place(name: str) -> bool:

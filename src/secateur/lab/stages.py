@@ -88,8 +88,10 @@ def run_train(context: Context, method: MethodSpec, seed: int) -> dict[str, Any]
             targets=targets,
             listener=context.listener,
         )
+        values = asdict(outcome)
+        save_tensors(stage.folder / "scores.safetensors", values.pop("scores"), {"seed": seed})
         save_tensors(stage.folder / "model.safetensors", model.state_dict(), {"seed": seed})
-        finished = stage.finish({**asdict(outcome), "top1": context.test(model).top1})
+        finished = stage.finish({**values, "top1": context.test(model).top1})
         # Only now: until the result is there, the checkpoint is all that an interruption leaves.
         (stage.folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return finished

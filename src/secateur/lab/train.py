@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,29 @@ __all__ = ["TrainResult", "learning_rate", "make_optimizer", "train"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training did; `history` has one entry per evaluation."""
+    """What a training did.
+
+    Args:
+        history: one entry per evaluation.
+        scores: what the method has learned about its targets, for the criterion `learned`; mostly empty.
+    """
 
     steps: int
     seconds: float
     final_loss: float
     history: list[dict[str, Any]]
+    scores: dict[str, Tensor]
 
 
-def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> Optimizer:
-    """The optimizer a recipe asks for, over all trainable parameters, by name."""
+def make_optimizer(model: nn.Module, spec: OptimizerSpec, undecayed: Collection[str] = ()) -> Optimizer:
+    """The optimizer a recipe asks for, over all trainable parameters, by name; `undecayed` ones without decay."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise UsageError(f"{type(model).__name__}: every parameter is frozen, so there is nothing to train")
+    spared = {n for n, p in named if n in undecayed or (p.dim() <= 1 and not spec.decay_norms)}
     groups: list[dict[str, Any]] = [
-        {"params": [(n, p) for n, p in named if spec.decay_norms or p.dim() > 1], "weight_decay": spec.weight_decay},
-        {"params": [(n, p) for n, p in named if not spec.decay_norms and p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in named if n not in spared], "weight_decay": spec.weight_decay},
+        {"params": [(n, p) for n, p in named if n in spared], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     if spec.name == "sgd":
@@ -95,19 +102,21 @@ def train(
     resumed run ends with bitwise the same weights as an uninterrupted one.
     """
     listener = listener or Listener()
-    optimizer = make_optimizer(model.to(runtime.device), spec.optimizer)
+    model.to(runtime.device)
     steps = Duration.parse(spec.duration).steps(loader.steps_per_epoch)
     if steps < 1:
         raise UsageError(f"train.duration {spec.duration} is less than one step of {loader.steps_per_epoch} an epoch")
-    engine, engine_optimizer = runtime.setup(model, optimizer)
     sparsifier = Sparsifier(
         model, regularizer, steps=steps, steps_per_epoch=loader.steps_per_epoch, targets=targets, seed=seed
     )
-    state = _State(folder, model, optimizer, sparsifier)
     save_every = max(1, Duration.parse(spec.checkpoint_every).steps(loader.steps_per_epoch, steps))
     evaluate_every = max(1, Duration.parse(spec.evaluate_every).steps(loader.steps_per_epoch, steps))
     devices = [runtime.device] if runtime.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), sparsifier:
+        # Attached before the optimizer is built, because a method may add parameters to learn.
+        optimizer = make_optimizer(model, spec.optimizer, sparsifier.learned())
+        engine, engine_optimizer = runtime.setup(model, optimizer)
+        state = _State(folder, model, optimizer, sparsifier)
         torch.manual_seed(keyed_seed(seed, "forward noise"))
         state.restore()
         hold = masks.hold(model, optimizer) if masks is not None else None
@@ -144,7 +153,9 @@ def train(
                 state.save()
         if hold is not None:
             hold.remove()
-    return TrainResult(steps, state.seconds, state.history[-1]["loss"], state.history)
+        scores = {name: score.detach().cpu().clone() for name, score in sparsifier.scores().items()}
+        sparsifier.finalize()
+    return TrainResult(steps, state.seconds, state.history[-1]["loss"], state.history, scores)
 
 
 def _diverged(what: str, step: int, steps_per_epoch: int, rate: float, state: _State) -> str:

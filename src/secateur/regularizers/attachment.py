@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from secateur.core.duration import Progress
 from secateur.core.masks import Masks
@@ -39,6 +40,8 @@ class Attachment:
     """An attached regularizer. Use as a context manager, or call `remove` when done.
 
     In a training loop: add `penalty()` to the loss, call `after_step(progress)` after each optimizer step.
+
+    `learned` holds the parameters a method has added to the network, by their name in it, until `remove`.
     """
 
     def __init__(self, spec: Regularizer, model: nn.Module, targets: Targets | None, seed: int) -> None:
@@ -51,6 +54,8 @@ class Attachment:
             raise UsageError(f"attach: targets lie on several devices {sorted(map(str, devices))}; expected one")
         self.stream = NoiseStream(seed, next(iter(devices)))
         self.progress = Progress(0, 0, 1) if not spec.draws_noise else Progress(0, 1, 1)
+        self._places = _places(self.network, self.parameters)
+        self.learned: dict[str, nn.Parameter] = {}
         self._forwards = 0
         self._handles: list[Any] = []
         if spec.draws_noise:
@@ -69,12 +74,34 @@ class Attachment:
             self.pause()
 
     def _refuse_replaced(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.network.get_parameter(name) is not parameter:
+        for name, path in self._places.items():
+            if any(holder.get(key) is not held for holder, key, held in path):
                 raise UsageError(
                     f'{type(self.spec).__name__}: "{name}" was replaced while attached (the network was cut); '
                     "finalize() or remove() before a cut, and attach again after it"
                 )
+
+    def learn(self, module: str, name: str, initial: Tensor) -> nn.Parameter:
+        """Add a learned parameter to submodule `module` until `remove`. Call it in `__init__` only.
+
+        It is part of `named_parameters()` and `state_dict()` of the network while attached, so that optimizers,
+        data-parallel wrappers and checkpoints treat it like any other. Weight decay should spare it.
+        """
+        if not self.learned:
+            self._handles.append(register_optimizer_step_pre_hook(self._expect_trained))
+        parameter = nn.Parameter(initial)
+        self.network.get_submodule(module).register_parameter(name, parameter)
+        self.learned[f"{module}.{name}" if module else name] = parameter
+        return parameter
+
+    def _expect_trained(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        ours = any(id(p) in trained for p in self.parameters.values())
+        if ours and not all(id(p) in trained for p in self.learned.values()):
+            raise UsageError(
+                f"{type(self.spec).__name__}: the optimizer does not train the parameters the method has added "
+                "(attachment.learned); attach first, then build the optimizer from model.named_parameters()"
+            )
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A training forward pass is about to run."""
@@ -133,6 +160,10 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for name in self.learned:
+            module, _, leaf = name.rpartition(".")
+            delattr(self.network.get_submodule(module), leaf)
+        self.learned.clear()
 
     def __enter__(self) -> Attachment:
         return self
@@ -141,3 +172,16 @@ class Attachment:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _places(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[Any, str, Any]]]:
+    """Where each parameter is found: every `(dict, key, value)` on the way to it, which takes no time to check."""
+    places: dict[str, list[tuple[Any, str, Any]]] = {}
+    for name, parameter in parameters.items():
+        *modules, leaf = name.split(".")
+        holder, path = network, []
+        for key in modules:
+            path.append((holder._modules, key, holder._modules[key]))
+            holder = holder.get_submodule(key)
+        places[name] = [*path, (holder._parameters, leaf, parameter)]
+    return places

@@ -27,8 +27,8 @@ def as_numbers(decisions: Tensor, dtype: torch.dtype) -> Tensor:
 class NoiseStream:
     """Bernoulli masks from a private generator; the global generators are neither read nor changed.
 
-    On the CPU decisions come from 16 random bits each (probabilities are rounded to multiples of 2^-16), which is
-    several times faster than drawing floats. On other devices a `torch.Generator` of that device is used.
+    On the CPU decisions come from at most 16 random bits each (probabilities are rounded to multiples of 2^-16),
+    which is several times faster than drawing floats. On other devices a `torch.Generator` of that device is used.
 
     Randomness: determined by the seed, the device type and the sequence of calls.
     """
@@ -45,13 +45,22 @@ class NoiseStream:
         if self.device.type != "cpu":
             return torch.rand(shape, device=self.device, generator=self._generator) < probability
         count = math.prod(shape)
-        bits = self._bits.random_raw(-(-count // 4)).view(np.uint16)[:count].reshape(shape)
         if isinstance(probability, Tensor):
+            bits = self._raw(count, np.uint16).reshape(shape)
             return torch.from_numpy(bits < np.rint(probability.double().numpy() * 65536.0).astype(np.uint32))
-        limit = round(probability * 65536)
-        if limit >= 65536:
+        first, second = divmod(round(probability * 65536), 256)
+        if first >= 256:
             return torch.ones(shape, dtype=torch.bool)
-        return torch.from_numpy(bits < np.uint16(limit))
+        # Eight bits decide all but one case in 256; those take eight more.
+        bits = self._raw(count, np.uint8)
+        decisions = bits < np.uint8(first)
+        if second:
+            undecided = np.flatnonzero(bits == np.uint8(first))
+            decisions[undecided] = self._raw(undecided.size, np.uint8) < np.uint8(second)
+        return torch.from_numpy(decisions.reshape(shape))
+
+    def _raw(self, count: int, kind: type[np.unsignedinteger]) -> np.ndarray:
+        return self._bits.random_raw(-(-count * np.dtype(kind).itemsize // 8)).view(kind)[:count]
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.device.type != "cpu":

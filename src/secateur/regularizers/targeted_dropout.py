@@ -58,7 +58,7 @@ class TargetedDropout(WeightNoise):
             raise UnknownNameError("targeted_dropout granularity", self.granularity, ["weight", "unit"])
 
     def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
-        from secateur.regularizers.candidates import lowest
+        from secateur.regularizers.candidates import all_but_lowest
         from secateur.regularizers.stream import as_numbers
 
         by_gamma, by_alpha = targeted_dropout_ramp(progress.fraction) if self.ramp else (1.0, 1.0)
@@ -68,12 +68,12 @@ class TargetedDropout(WeightNoise):
             candidates = math.floor(gamma * target.fan_in + 1e-9)
             if not candidates or not alpha:
                 return None
-            dropped = lowest(rows, candidates) & stream.bernoulli(tuple(rows.shape), alpha)
-            return target.unrows(as_numbers(~dropped, weight.dtype))
+            kept = all_but_lowest(rows, candidates).logical_or_(stream.bernoulli(tuple(rows.shape), 1.0 - alpha))
+            return target.unrows(as_numbers(kept, weight.dtype))
         per_block = target.units // target.blocks
         candidates = math.floor(gamma * per_block + 1e-9)
         if not candidates or not alpha:
             return None
         norms = rows.norm(dim=1).reshape(target.blocks, per_block)
-        dropped = lowest(norms, candidates) & stream.bernoulli(tuple(norms.shape), alpha)
-        return target.spread(as_numbers(~dropped, weight.dtype).reshape(-1))
+        kept = all_but_lowest(norms, candidates).logical_or_(stream.bernoulli(tuple(norms.shape), 1.0 - alpha))
+        return target.spread(as_numbers(kept, weight.dtype).reshape(-1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from secateur.core.targets import Targets
+from secateur.core.targets import Target, Targets
 from secateur.errors import UsageError
 from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import WeightNoise
@@ -19,6 +19,21 @@ __all__ = ["WeightSwap"]
 
 # Every swap that is attached.
 _LIVE: weakref.WeakSet[WeightSwap] = weakref.WeakSet()
+
+
+class _Slot:
+    """A target's parameter, its plain weight, and the noisy one that stands in for it during a draw."""
+
+    __slots__ = ("had_hooks", "hooked", "multiplier", "noisy", "parameter", "plain", "target", "version")
+
+    def __init__(self, target: Target, parameter: nn.Parameter) -> None:
+        self.target, self.parameter = target, parameter
+        self.had_hooks = parameter._backward_hooks is not None
+        self.hooked = False
+        self.multiplier: Tensor | None = None
+        self.plain: Tensor | None = None
+        self.noisy: Tensor | None = None
+        self.version = 0
 
 
 class WeightSwap(Attachment):
@@ -35,14 +50,12 @@ class WeightSwap(Attachment):
     def __init__(self, spec: WeightNoise, model: nn.Module, targets: Targets | None, seed: int) -> None:
         super().__init__(spec, model, targets, seed)
         self._noise = spec
-        self._plain: dict[str, Tensor] = {}
-        self._noisy: dict[str, Tensor] = {}
-        self._multipliers: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
+        self._slots = [_Slot(t, self.parameters[t.name]) for t in self.targets]
+        self._ids = {id(p) for p in self.parameters.values()}
+        # The slots of the present draw.
+        self._swapped: list[_Slot] = []
         self._lost: list[str] = []
         self._used = self._paused = False
-        self._had_hooks = {n: p._backward_hooks is not None for n, p in self.parameters.items()}
-        self._hooked: set[str] = set()
         self._refuse_shared()
         self._hook_gradients()
         # Other code reads and writes the weights here: they must be the plain ones.
@@ -52,17 +65,18 @@ class WeightSwap(Attachment):
         self._handles.append(self.network.register_load_state_dict_pre_hook(Hook(lambda *_: self.end())))
 
     def _hook_gradients(self) -> None:
-        for name, parameter in self.parameters.items():
-            if parameter.requires_grad and name not in self._hooked:
-                self._hooked.add(name)
-                self._handles.append(parameter.register_hook(self._gradient_hook(name)))
+        for slot in self._slots:
+            if not slot.hooked and slot.parameter.requires_grad:
+                slot.hooked = True
+                self._handles.append(slot.parameter.register_hook(self._gradient_hook(slot)))
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ours = {id(p) for p in self.parameters.values()}
         # Another network's optimizer may step between our forward and backward pass.
-        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+        if not any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"]):
             return None
         self.end()
+        if len(args) == 1 and not kwargs:
+            return None
         wrapped = (args[0], *(self._then_end(a) if callable(a) else a for a in args[1:]))
         return wrapped, {k: self._then_end(v) if callable(v) else v for k, v in kwargs.items()}
 
@@ -86,35 +100,33 @@ class WeightSwap(Attachment):
                 )
         _LIVE.add(self)
 
-    def _gradient_hook(self, name: str) -> Any:
+    def _gradient_hook(self, slot: _Slot) -> Any:
         def multiply(gradient: Tensor) -> Tensor:
             self._used = True
-            multiplier = self._multipliers.get(name)
-            return gradient if multiplier is None else gradient * multiplier
+            return gradient if slot.multiplier is None else gradient * slot.multiplier
 
         return multiply
 
     @torch.no_grad()
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.resume()
-        if self._plain and not self._used:
+        if self._swapped and not self._used:
             return
         self.end()
         self._used = False
         self._hook_gradients()
-        for target in self.targets:
-            parameter = self.parameters[target.name]
+        for slot in self._slots:
+            parameter = slot.parameter
             weight = parameter.detach()
-            multiplier = self._noise.multiplier(target, weight, self.stream, self.progress)
+            multiplier = self._noise.multiplier(slot.target, weight, self.stream, self.progress)
             if multiplier is None:
                 continue
-            self._multipliers[target.name] = multiplier
-            self._plain[target.name] = weight
-            noisy = self._noisy.get(target.name)
-            if noisy is None or noisy.shape != weight.shape:
-                noisy = self._noisy[target.name] = torch.empty_like(weight)
-            parameter.data = torch.mul(weight, multiplier, out=noisy)
-        self._versions = {name: self.parameters[name]._version for name in self._plain}
+            if slot.noisy is None or slot.noisy.shape != weight.shape:
+                slot.noisy = torch.empty_like(weight)
+            slot.plain, slot.multiplier = weight, multiplier
+            parameter.data = torch.mul(weight, multiplier, out=slot.noisy)
+            slot.version = parameter._version
+            self._swapped.append(slot)
         # Autocast would otherwise go on using the cast of an earlier draw.
         torch.clear_autocast_cache()
 
@@ -129,28 +141,33 @@ class WeightSwap(Attachment):
 
     def _restore(self) -> list[str]:
         """Plain weights for good; the names of those whose noisy stand-in somebody wrote to."""
+        if not self._swapped:
+            return []
         self.pause()
-        self._plain.clear()
-        self._multipliers.clear()
+        for slot in self._swapped:
+            slot.plain = slot.multiplier = None
+        self._swapped.clear()
         self._paused = False
         lost, self._lost = self._lost, []
         return lost
 
     def pause(self) -> None:
-        if self._plain and not self._paused:
-            self._lost += [n for n, version in self._versions.items() if self.parameters[n]._version != version]
-            self._show(self._plain)
-            self._paused = True
+        if not self._swapped or self._paused:
+            return
+        for slot in self._swapped:
+            if slot.parameter._version != slot.version:
+                self._lost.append(slot.target.name)
+            slot.parameter.data = slot.plain  # type: ignore[assignment]
+        self._paused = True
+        torch.clear_autocast_cache()
 
     def resume(self) -> None:
-        if self._paused:
-            self._show({name: self._noisy[name] for name in self._plain})
-            self._versions = {name: self.parameters[name]._version for name in self._plain}
-            self._paused = False
-
-    def _show(self, weights: dict[str, Tensor]) -> None:
-        for name, weight in weights.items():
-            self.parameters[name].data = weight
+        if not self._paused:
+            return
+        for slot in self._swapped:
+            slot.parameter.data = slot.noisy  # type: ignore[assignment]
+            slot.version = slot.parameter._version
+        self._paused = False
         torch.clear_autocast_cache()
 
     def remove(self) -> None:
@@ -158,7 +175,7 @@ class WeightSwap(Attachment):
         self._restore()
         _LIVE.discard(self)
         super().remove()
-        self._noisy.clear()
-        for name, parameter in self.parameters.items():
-            if not self._had_hooks[name] and not parameter._backward_hooks:
-                parameter._backward_hooks = None
+        for slot in self._slots:
+            slot.noisy = None
+            if not slot.had_hooks and not slot.parameter._backward_hooks:
+                slot.parameter._backward_hooks = None

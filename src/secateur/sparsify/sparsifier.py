@@ -66,6 +66,14 @@ class Sparsifier:
         """What to add to the loss."""
         return self.attachment.penalty()
 
+    def learned(self) -> list[str]:
+        """Names of the parameters the method has added to the model; build the optimizer after attaching."""
+        return list(self.attachment.learned)
+
+    def scores(self) -> dict[str, Tensor]:
+        """What the method has learned about each target, higher = keep; empty if nothing."""
+        return self.attachment.scores()
+
     def after_step(self) -> None:
         """Call after every optimizer step."""
         done = self.progress

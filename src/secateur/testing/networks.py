@@ -15,7 +15,7 @@ from secateur.core.seeds import keyed_generator
 from secateur.regularizers.attachment import Attachment
 from secateur.regularizers.base import Regularizer
 
-__all__ = ["STEPS", "STEPS_PER_EPOCH", "batches", "convolutional", "dense", "loss", "run", "trainable"]
+__all__ = ["STEPS", "STEPS_PER_EPOCH", "batches", "convolutional", "dense", "loss", "run", "run_steps", "trainable"]
 
 STEPS, STEPS_PER_EPOCH = 8, 2
 Batch = tuple[Tensor, Tensor]
@@ -105,25 +105,32 @@ def run(
     load: dict[str, Any] | None = None,
     call: Any = None,
 ) -> dict[str, Tensor]:
-    """Train up to step `until` of a run of `STEPS`; return all parameters and buffers."""
+    """Train up to step `until` of a run of `STEPS`; return all parameters and buffers, learned ones too."""
     model = network if call is None else call
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     data, first = batches(network), 0
     with _attached(spec, model, seed) as attachment:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
         if load is not None and attachment is not None:
+            network.load_state_dict(load["model"], strict=True)
             optimizer.load_state_dict(load["optimizer"])
             attachment.load_state_dict(load["attachment"])
             first = load["step"]
-        for step in range(first, until):
-            optimizer.zero_grad()
-            loss(model, attachment, data[step % len(data)]).backward()
-            optimizer.step()
-            if attachment is not None:
-                attachment.after_step(Progress(step + 1, STEPS, STEPS_PER_EPOCH))
+        run_steps(model, attachment, optimizer, data, range(first, until))
         if save is not None and attachment is not None:
             save.update(model=copy.deepcopy(network.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()))
             save.update(attachment=attachment.state_dict(), step=until)
-    return {n: t.detach().clone() for n, t in network.state_dict().items()}
+        return {n: t.detach().clone() for n, t in network.state_dict().items()}
+
+
+def run_steps(
+    model: Any, attachment: Attachment | None, optimizer: torch.optim.Optimizer, data: list[Batch], steps: range
+) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss(model, attachment, data[step % len(data)]).backward()
+        optimizer.step()
+        if attachment is not None:
+            attachment.after_step(Progress(step + 1, STEPS, STEPS_PER_EPOCH))
 
 
 @contextmanager

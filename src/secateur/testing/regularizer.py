@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from secateur.core.duration import Progress
-from secateur.errors import NoEffectError
+from secateur.errors import NoEffectError, UsageError
 from secateur.regularizers.attachment import Attachment
 from secateur.regularizers.base import Regularizer
-from secateur.testing.networks import STEPS, STEPS_PER_EPOCH, batches, dense, loss, run, trainable
+from secateur.testing.networks import STEPS, STEPS_PER_EPOCH, batches, dense, loss, run, run_steps, trainable
 from secateur.testing.snapshots import (
     check_spec,
     expect_step,
@@ -35,7 +35,9 @@ def check_regularizer(regularizer: Regularizer, *, compiled: bool = True) -> Non
     hooks and flags as they were, in the middle of a step too. Attached, it is the identity in eval mode bitwise; the
     optimizer (with a closure too), `state_dict()` and copies see plain weights; its noise depends on its seed alone
     and leaves the global generators alone; it resumes bitwise; it works with gradient accumulation, frozen
-    parameters, bf16 autocast and `torch.compile(fullgraph=True)`.
+    parameters, bf16 autocast and `torch.compile(fullgraph=True)`. A method that `learns` adds parameters while attached,
+    says so when the optimizer does not train them, and folds them: after `finalize` the network in eval mode computes
+    what it computed attached.
 
     Args:
         regularizer: the instance to check. Choose hyper-parameters that act (no drop rate of 0).
@@ -66,9 +68,10 @@ def _check_trace(name: str, spec: Regularizer) -> None:
     network = trainable()
     shape, state = structure(network), values(network)
     attachment = spec.attach(network, seed=1)
-    attached = structure(network)
+    attached = structure(network, without=attachment.learned)
     for what in ("state_dict keys", "parameters", "types", "flags"):
         that(attached[what] == shape[what], f"{name}: attaching changed the model's {what}")
+    that(bool(attachment.learned) == spec.learns, f"{name}: learns is {spec.learns}, learned {[*attachment.learned]}")
     attachment.remove()
     same_structure(f"{name}: attach then remove left a trace", shape, structure(network))
     same_values(f"{name}: attach then remove changed the model", state, values(network))
@@ -85,6 +88,9 @@ def _check_trace(name: str, spec: Regularizer) -> None:
 
 
 def _check_eval(name: str, spec: Regularizer) -> None:
+    if spec.learns:
+        _check_folding(name, spec)
+        return
     network = trainable().eval()
     x, _ = batches(network)[0]
     plain = network(x)
@@ -97,10 +103,35 @@ def _check_eval(name: str, spec: Regularizer) -> None:
         that(same, f"{name}: in eval mode after a training forward pass the network computes something else")
 
 
-def _check_plain_weights(name: str, spec: Regularizer) -> None:
+def _check_folding(name: str, spec: Regularizer) -> None:
+    network = trainable()
+    data = batches(network)
+    x, shape = data[0][0], structure(network.eval())
+    attachment = spec.attach(network.train(), seed=1)
+    run_steps(network, attachment, torch.optim.SGD(network.parameters(), lr=0.1), data, range(3))
+    network.eval()
+    gated, again = network(x), network(x)
+    that(torch.equal(gated, again), f"{name}: in eval mode the attached network gives two answers to one question")
+    attachment.finalize()
+    network.zero_grad(set_to_none=True)
+    same_structure(f"{name}: finalize left a trace", shape, structure(network))
+    close = torch.allclose(network(x), gated, rtol=1e-4, atol=1e-5)
+    that(close, f"{name}: after finalize the network in eval mode computes something else than attached")
     network = trainable()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     with spec.attach(network, seed=1) as attachment:
+        loss(network, attachment, batches(network)[0]).backward()
+        try:
+            optimizer.step()
+        except UsageError:
+            return
+    raise AssertionError(f"{name}: an optimizer built before attaching went unnoticed; use Attachment.learn")
+
+
+def _check_plain_weights(name: str, spec: Regularizer) -> None:
+    network = trainable()
+    with spec.attach(network, seed=1) as attachment:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
         for step in range(3):
             before = {n: p.detach().clone() for n, p in network.named_parameters()}
             optimizer.zero_grad()
@@ -117,8 +148,8 @@ def _check_plain_weights(name: str, spec: Regularizer) -> None:
 
 def _check_closure(name: str, spec: Regularizer) -> None:
     network = trainable()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     with spec.attach(network, seed=1) as attachment:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
         before = {n: p.detach().clone() for n, p in network.named_parameters()}
 
         def closure() -> Tensor:
@@ -149,7 +180,7 @@ def _check_seed(name: str, spec: Regularizer) -> None:
     same_values(f"{name}: trained twice with one seed", first, again)
     that(untouched == generators(), f"{name}: it used or seeded a global random generator; draw from the stream")
     if spec.draws_noise:
-        differs = any(not torch.equal(first[n], plain[n]) for n in first)
+        differs = any(not torch.equal(first[n], plain[n]) for n in plain)
         that(differs, f"{name}: says it draws noise, but training under it equals plain training bitwise")
         differs = any(not torch.equal(first[n], other[n]) for n in first)
         that(differs, f"{name}: two seeds gave the same training bitwise; the noise ignores its seed")
@@ -162,9 +193,7 @@ def _check_resume(name: str, spec: Regularizer) -> None:
     run(twin, spec, 3, seed=1, save=state)
     tensors = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state["attachment"].items())
     that(tensors, f"{name}: state_dict() holds other things than tensors by name: {state['attachment']!r:.200}")
-    fresh = trainable()
-    fresh.load_state_dict(state["model"], strict=True)
-    resumed = run(fresh, spec, STEPS, seed=99, load=state)
+    resumed = run(trainable(), spec, STEPS, seed=99, load=state)
     same_values(f"{name}: resumed from its state in a fresh attachment, training", whole, resumed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,14 @@ def same_values(what: str, before: dict[str, Tensor], after: dict[str, Tensor]) 
         that(torch.equal(tensor, after[name]), f"{what}: {name} differs")
 
 
-def structure(network: nn.Module) -> dict[str, Any]:
+def structure(network: nn.Module, without: Collection[str] = ()) -> dict[str, Any]:
+    """Everything but values; parameters named in `without` are left out."""
+    named = [(n, p) for n, p in network.named_parameters(remove_duplicate=False) if n not in without]
     return {
-        "state_dict keys": list(network.state_dict()),
-        "parameters": [(n, id(p)) for n, p in network.named_parameters(remove_duplicate=False)],
-        "types": [(n, type(m)) for n, m in network.named_modules()] + [type(p) for p in network.parameters()],
-        "flags": [p.requires_grad for p in network.parameters()] + [m.training for m in network.modules()],
+        "state_dict keys": [key for key in network.state_dict() if key not in without],
+        "parameters": [(n, id(p)) for n, p in named],
+        "types": [(n, type(m)) for n, m in network.named_modules()] + [type(p) for _, p in named],
+        "flags": [p.requires_grad for _, p in named] + [m.training for m in network.modules()],
         "hooks": [(n, _hook_count(m)) for n, m in network.named_modules()],
         "attributes": [(n, sorted(vars(m))) for n, m in network.named_modules()],
         "parameter hooks": [(n, p._backward_hooks is None) for n, p in network.named_parameters()],
