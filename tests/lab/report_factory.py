@@ -106,7 +106,7 @@ def _row(
             "threads": 2,
             "device": "cpu",
         },
-        "fine_tuned": False,
+        "retrained": False,
         "stage": f"{seed:04x}",
     }
 

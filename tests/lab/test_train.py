@@ -294,3 +294,35 @@ def test_norms_and_biases_are_spared_from_decay_on_request():
     decayed = {p for g in groups if g["weight_decay"] for p in g["params"]}
     assert decayed == {p for p in model.parameters() if p.dim() > 1}
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def _patient(**changes: object) -> TrainSpec:
+    # So fast that the loss soon rises again.
+    fast = OptimizerSpec(name="sgd", lr=0.5, momentum=0.95, weight_decay=0.0)
+    return spec(fast, evaluate_every="1it", duration="40it", lr_schedule=LearningRateSpec(name="constant"), **changes)
+
+
+def test_training_stops_when_the_held_out_loss_stops_falling(tmp_path: Path) -> None:
+    _, outcome = run(tmp_path / "a", {"name": "none"}, _patient(patience=3))
+    losses = [entry["eval_loss"] for entry in outcome.history]
+    assert outcome.steps == len(losses) < 40
+    assert losses.index(min(losses)) == len(losses) - 1 - 3
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_which_weights_are_kept(tmp_path: Path, keep: str) -> None:
+    model, outcome = run(tmp_path / "a", {"name": "none"}, _patient(patience=3, keep=keep))
+    losses = [entry["eval_loss"] for entry in outcome.history]
+    assert accuracy(model).loss == (min(losses) if keep == "best" else losses[-1])
+    assert min(losses) < losses[-1]
+
+
+def test_the_best_weights_survive_an_interruption(tmp_path: Path) -> None:
+    settings = _patient(patience=3, keep="best")
+    whole, outcome = run(tmp_path / "a", {"name": "none"}, settings)
+    best = outcome.steps - 3
+    resumed, again = stop_and_resume(tmp_path / "b", {"name": "none"}, settings, [(best + 1, True), (best + 2, False)])
+    assert again.history == outcome.history
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )

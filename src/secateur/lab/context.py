@@ -149,6 +149,7 @@ class Context:
             seed,
             normalize=data.normalize,
             augment=spec.augment,
+            shuffle=spec.shuffle,
             drop_last=batch_size > 1 and len(data.train_labels) % batch_size == 1,
         )
 

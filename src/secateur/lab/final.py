@@ -20,9 +20,11 @@ from secateur.errors import CheckpointError
 from secateur.lab.context import Context
 from secateur.lab.plugins import make_regularizer
 from secateur.lab.recipe import FinalSpec, MethodSpec
-from secateur.lab.stages import latency_json, recalibrate_, train_stage, trained_model, unit_ranking
+from secateur.lab.rows import recalibrate_
+from secateur.lab.stages import latency_json, learned_scores, train_stage, trained_model
 from secateur.lab.store import Stage
 from secateur.lab.train import train
+from secateur.lab.ways import unit_ranking, way_of
 from secateur.surgery.file import load_pruned, save_pruned
 from secateur.surgery.plan import Plan, align, make_plan
 from secateur.surgery.verify import cut_verified_, max_difference
@@ -38,7 +40,7 @@ def choose_method(context: Context, spec: FinalSpec, rows: list[dict[str, Any]])
     Validation accuracy decides where the recipe holds a validation share out; otherwise test accuracy, and the
     returned words say so.
     """
-    methods = {m.label: m for m in context.recipe.methods}
+    methods = {m.label: m for m in context.recipe.methods if m.loop is None}
     if spec.method != "best":
         return methods[spec.method], "named by the recipe"
     prune = context.recipe.prune[spec.prune]
@@ -53,7 +55,8 @@ def choose_method(context: Context, spec: FinalSpec, rows: list[dict[str, Any]])
 
 def final_stage(context: Context, method: MethodSpec, seed: int, spec: FinalSpec) -> Stage:
     settings = spec.model_dump(mode="json", exclude={"method"})
-    settings["prune"] = context.recipe.prune[spec.prune].model_dump(mode="json", exclude={"sparsities", "latency"})
+    way = way_of(context, method, context.recipe.prune[spec.prune])
+    settings["prune"] = way.model_dump(mode="json", exclude={"sparsities", "latency", "label"})
     return context.store.stage("final", {"train": train_stage(context, method, seed).key, **settings})
 
 
@@ -68,7 +71,7 @@ def run_final(context: Context, method: MethodSpec, seed: int, spec: FinalSpec) 
 def _deliver(context: Context, method: MethodSpec, seed: int, spec: FinalSpec, folder: Path) -> dict[str, Any]:
     dense = trained_model(context, method, seed)
     model = copy.deepcopy(dense)
-    plan, got = _plan(context, model, seed, spec)
+    plan, got = _plan(context, method, model, seed, spec)
     masked = copy.deepcopy(dense)
     Masks(plan.masks(masked)).apply_(masked)
     proof = cut_verified_(model, plan, context.example(_PROOF_INPUTS))
@@ -111,9 +114,10 @@ def _deliver(context: Context, method: MethodSpec, seed: int, spec: FinalSpec, f
     }
 
 
-def _plan(context: Context, model: nn.Module, seed: int, spec: FinalSpec) -> tuple[Plan, float]:
+def _plan(context: Context, method: MethodSpec, model: nn.Module, seed: int, spec: FinalSpec) -> tuple[Plan, float]:
     """What to cut, rounded up to whole multiples of `align`; and the sparsity of units that leaves."""
-    ranking = unit_ranking(context, model, seed, context.recipe.prune[spec.prune])
+    way = way_of(context, method, context.recipe.prune[spec.prune])
+    ranking = unit_ranking(context, model, seed, way, learned_scores(context, method, seed))
     kept: dict[str, Tensor] = {}
     for name, keep in ranking.kept(spec.sparsity).items():
         kept[name] = align(keep, ranking.scores[name], spec.align, blocks=ranking.groups[name].blocks)

@@ -119,17 +119,51 @@ class TrainSpec(_Spec):
     augment: Literal["none", "crop_flip"] = Field("none", description="crop_flip: pad 4, crop, mirror")
     grad_clip: float | None = Field(None, gt=0.0, description="largest norm of the whole gradient")
     precision: Literal["32-true", "bf16-mixed"] = Field("32-true", description="bf16-mixed: autocast")
+    shuffle: bool = Field(True, description="a new order every epoch; false: as stored")
+    patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a lower loss")
+    keep: Literal["last", "best"] = Field("last", description="weights of the end, or of the lowest held-out loss")
     checkpoint_every: DurationText = Field("1ep", description="how much work a kill may cost")
     evaluate_every: DurationText = Field("1ep", description="on the validation share, else on the test set")
 
 
+class LoopSpec(_Spec):
+    """Train again after pruning, with the pruned weights held at zero; once for each sparsity, or in rounds.
+
+    In rounds (`fraction` given): train, score, remove a fraction of what remains, restart, train, until too little
+    is left (DropNet's algorithm 1, lottery tickets). Otherwise every sparsity of a prune entry is reached at once.
+    """
+
+    score_at: Literal["trained", "init"] = Field("trained", description="which network is scored; init: untrained")
+    restart: str = Field("init", description="init, reinitialize, trained, or a duration (1ep, 500it) to rewind to")
+    fraction: float | None = Field(None, gt=0.0, lt=1.0, description="share of what remains that a round removes")
+    round_up: bool = Field(False, description="a round removes ceil (lottery tickets), not floor (DropNet)")
+    until: float = Field(0.1, ge=0.0, lt=1.0, description="rounds end when this share or less is left")
+    kappa: float | None = Field(None, gt=0.0, le=1.0, description="rounds end below this share of the first accuracy")
+    shuffle_masks: bool = Field(False, description="control: the masks' entries in random order inside each layer")
+    small: bool = Field(False, description="control: cut the units before training and start the small network anew")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LoopSpec:
+        if self.restart not in ("init", "reinitialize", "trained"):
+            _absolute(_duration(self.restart))
+        if self.fraction is None and self.model_fields_set & {"until", "kappa", "round_up"}:
+            raise ValueError("until, kappa and round_up belong to rounds: give fraction too")
+        if self.score_at == "init" and (self.fraction is not None or self.restart == "trained"):
+            raise ValueError("score_at init prunes before training: it takes no fraction and no restart trained")
+        if self.small and (self.score_at != "init" or self.restart != "reinitialize"):
+            raise ValueError("small is a network trained from scratch: it takes score_at init and restart reinitialize")
+        return self
+
+
 class MethodSpec(_Spec):
-    """One column of the comparison: a regularizer to train under."""
+    """One column of the comparison: a regularizer to train under, and whether to train again after pruning."""
 
     label: str = Field(description="its name in tables and plots")
     regularizer: Plugin = Field({"name": "none"}, description="what to train under, with its parameters")
     include: tuple[str, ...] = Field(("*",), description="layers it acts on: shell patterns, @first, @last")
     exclude: tuple[str, ...] = Field((), description="layers it leaves alone")
+    criterion: Plugin | None = Field(None, description="rank its networks by this, whatever the prune entry says")
+    loop: LoopSpec | None = Field(None, description="train again after pruning")
 
 
 class PruneSpec(_Spec):
@@ -137,7 +171,12 @@ class PruneSpec(_Spec):
 
     granularity: str = Field("weight", description="weight, unit, block:ROWSxCOLUMNS or N:M")
     criterion: Plugin = Field({"name": "magnitude"}, description="what to rank by, with its parameters")
-    scope: Literal["tensor", "global"] = Field("tensor", description="rank inside each tensor, or all together")
+    label: str | None = Field(None, description="its name in tables and plots; default: the criterion's")
+    scope: Literal["tensor", "global", "column"] = Field(
+        "tensor", description="rank inside each tensor, all together, or inside each unit's weights"
+    )
+    control: bool = Field(False, description="the others of the same method are compared with this one")
+    ties: Literal["index", "random"] = Field("index", description="which of equal scores goes first")
     allocation: Literal["uniform", "erk"] = Field("uniform", description="how tensors share the sparsity")
     rounding: Literal["prune_floor", "keep_floor", "nearest"] = Field("prune_floor", description="of counts")
     sparsities: tuple[Sparsity, ...] = Field((0.0, 0.5, 0.9), min_length=1, description="fractions to remove")
@@ -148,6 +187,11 @@ class PruneSpec(_Spec):
     latency: bool = Field(False, description="unit only: cut and time the first seed's network at each sparsity")
     recalibrate: bool = Field(False, description="re-estimate BatchNorm statistics on training data after pruning")
 
+    @property
+    def title(self) -> str:
+        """What tables call its criterion."""
+        return self.label or str(self.criterion.get("name"))
+
     @model_validator(mode="after")
     def _consistent(self) -> PruneSpec:
         from secateur.core.names import check_granularity
@@ -155,6 +199,8 @@ class PruneSpec(_Spec):
         check_granularity(self.granularity)
         if self.granularity != "unit" and (self.latency or self.groups != "all"):
             raise ValueError('latency and groups belong to granularity "unit": only whole units can be cut')
+        if self.granularity == "unit" and self.scope == "column":
+            raise ValueError('scope "column" ranks weights inside a unit; granularity "unit" takes tensor or global')
         if self.granularity == "unit" and self.allocation != "uniform":
             raise ValueError('granularity "unit" takes allocation "uniform"; use scope "global" for uneven widths')
         if self.granularity == "unit" and self.min_keep < 1:
@@ -202,16 +248,25 @@ class Recipe(_Spec):
         labels = [m.label for m in self.methods]
         if not labels or len(set(labels)) != len(labels):
             raise ValueError(f"methods need distinct labels, got {labels}")
+        for method in self.methods:
+            shapes = {p.granularity for p in self.prune} if method.loop is not None else set()
+            if not shapes <= {"weight", "unit"}:
+                raise ValueError(f'method "{method.label}": a loop prunes by granularity weight or unit')
+            if method.loop is not None and method.loop.small and shapes != {"unit"}:
+                raise ValueError(f'method "{method.label}": loop.small needs granularity unit: weights cannot be cut')
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be distinct and at least one, got {list(self.seeds)}")
-        ways = [(p.granularity, p.criterion.get("name"), p.scope) for p in self.prune]
+        ways = [(p.granularity, p.title, p.scope) for p in self.prune]
         if len(set(ways)) != len(ways):
             raise ValueError(
-                "prune entries must differ in granularity, criterion or scope: tables tell them apart by these"
+                "prune entries must differ in granularity, scope or label (by default the criterion): tables tell "
+                "them apart by these"
             )
         if self.final is not None:
-            if self.final.method not in ("best", *labels):
-                raise ValueError(f'final.method "{self.final.method}" is no method; known: best, {", ".join(labels)}')
+            once = [m.label for m in self.methods if m.loop is None]
+            if not once or self.final.method not in ("best", *once):
+                known = ", ".join(["best", *once])
+                raise ValueError(f'final.method "{self.final.method}" is no method without a loop; known: {known}')
             tuned = self.final.fine_tune
             if tuned is not None and tuned.precision != self.train.precision:
                 raise ValueError(

@@ -18,8 +18,9 @@ from secateur.errors import CheckpointError, MissingExtraError, SecateurError, S
 from secateur.lab.context import Context, Options
 from secateur.lab.final import choose_method, final_stage, run_final
 from secateur.lab.listener import Interrupted, Listener
+from secateur.lab.loop import loop_stage, run_loop
 from secateur.lab.provenance import provenance
-from secateur.lab.recipe import MethodSpec, Recipe
+from secateur.lab.recipe import MethodSpec, PruneSpec, Recipe
 from secateur.lab.recipe_file import write_recipe
 from secateur.lab.report import write_report
 from secateur.lab.stages import latency_stage, prune_stage, run_latency, run_prune, run_train, train_stage
@@ -150,8 +151,8 @@ def _stages(context: Context) -> list[tuple[str, Stage]]:
     for number, spec in enumerate(recipe.prune):
         for method, seed in _columns(recipe):
             title = f"prune[{number}] {method.label}, seed {seed}"
-            found.append((title, prune_stage(context, method, seed, spec)))
-            if spec.latency and seed == recipe.seeds[0]:
+            found.append((title, _rows_stage(context, method, seed, spec)))
+            if _timed(context, method, seed, spec):
                 found.append((f"time {title}", latency_stage(context, method, seed, spec)))
     return found
 
@@ -162,8 +163,17 @@ def _kept_rows(context: Context) -> list[dict[str, Any]]:
         {"method": method.label, "seed": seed, "prune": number, **row}
         for number, spec in enumerate(context.recipe.prune)
         for method, seed in _columns(context.recipe)
-        for row in prune_stage(context, method, seed, spec).result()["rows"]
+        for row in _rows_stage(context, method, seed, spec).result()["rows"]
     ]
+
+
+def _rows_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> Stage:
+    return (prune_stage if method.loop is None else loop_stage)(context, method, seed, spec)
+
+
+def _timed(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> bool:
+    """Whether a method's networks are cut and timed: those of a loop are not, each being a training of its own."""
+    return spec.latency and method.loop is None and seed == context.recipe.seeds[0]
 
 
 def _columns(recipe: Recipe) -> list[tuple[MethodSpec, int]]:
@@ -194,11 +204,10 @@ def _prune_all(context: Context) -> list[dict[str, Any]]:
         for method, seed in _columns(context.recipe):
             context.listener.check_stop()
             title = f"prune by {spec.granularity}: {method.label}, seed {seed}"
-            cached = prune_stage(context, method, seed, spec).done
+            cached = _rows_stage(context, method, seed, spec).done
             context.listener.stage_started(title, 0)
-            own = run_prune(context, method, seed, spec)
-            timed = spec.latency and seed == context.recipe.seeds[0]
-            latency = run_latency(context, method, seed, spec) if timed else {}
+            own = (run_prune if method.loop is None else run_loop)(context, method, seed, spec)
+            latency = run_latency(context, method, seed, spec) if _timed(context, method, seed, spec) else {}
             context.listener.stage_finished(title, cached)
             for row in own:
                 measured = latency.get(row["sparsity_asked"])

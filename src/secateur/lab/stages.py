@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur.analysis.cost import measure_cost
 from secateur.analysis.latency import Latency, measure_latency
-from secateur.core.groups import Groups
+from secateur.core.duration import Duration
+from secateur.core.masks import Masks
 from secateur.core.targets import find_targets
-from secateur.errors import VacuousProofError
 from secateur.lab.checkpoint import fitting, load_tensors, save_tensors
 from secateur.lab.context import Context
-from secateur.lab.plugins import make_criterion, make_regularizer
+from secateur.lab.plugins import make_regularizer
 from secateur.lab.recipe import MethodSpec, PruneSpec
+from secateur.lab.rows import cut_copy, unit_row, weight_row
 from secateur.lab.store import Stage
-from secateur.lab.train import train
+from secateur.lab.train import TrainResult, train
+from secateur.lab.ways import unit_ranking, way_of, weight_ranking
 from secateur.registry import code_hash
-from secateur.sparsify.ranking import SelectionRule, UnitRanking, rank, rank_units
-from secateur.surgery.cut import cut_
-from secateur.surgery.plan import make_plan
-from secateur.surgery.verify import cut_verified_
 
 __all__ = [
+    "code_hashes",
+    "latency_json",
     "latency_stage",
+    "learned_scores",
     "prune_stage",
+    "rewind_step",
     "run_latency",
     "run_prune",
     "run_train",
     "train_stage",
+    "train_under",
     "trained_model",
-    "unit_ranking",
 ]
-
-_PROOF_INPUTS = 16
 
 
 def train_stage(context: Context, method: MethodSpec, seed: int) -> Stage:
@@ -52,16 +50,25 @@ def train_stage(context: Context, method: MethodSpec, seed: int) -> Stage:
             "model": recipe.model.model_dump(mode="json"),
             "train": recipe.train.model_dump(mode="json"),
             "regularizer": method.regularizer,
-            "code": _code(context, recipe.model.name, method.regularizer["name"]),
+            "code": code_hashes(context, recipe.model.name, method.regularizer["name"]),
             "include": list(method.include),
             "exclude": list(method.exclude),
             "seed": seed,
             "device": context.runtime.device.type,
+            "snapshot": rewind_step(context, method, seed),
         },
     )
 
 
-def _code(context: Context, *names: str) -> list[str | None]:
+def rewind_step(context: Context, method: MethodSpec, seed: int) -> int | None:
+    """The step a method's loop rewinds to, or None if it starts elsewhere."""
+    if method.loop is None or method.loop.restart in ("init", "reinitialize", "trained"):
+        return None
+    spec = context.recipe.train
+    return Duration.parse(method.loop.restart).steps(context.loader(spec, seed).steps_per_epoch)
+
+
+def code_hashes(context: Context, *names: str) -> list[str | None]:
     """What the caller's own code contributes to a stage's key: editing it is another stage."""
     return [code_hash(name, context.options.allow_code) for name in names]
 
@@ -72,22 +79,7 @@ def run_train(context: Context, method: MethodSpec, seed: int) -> dict[str, Any]
         if stage.done:
             return stage.result()
         model = context.model(seed)
-        regularizer = make_regularizer(method.regularizer, context.options.allow_code)
-        targets = None
-        if method.include != ("*",) or method.exclude:
-            targets = find_targets(model, method.include, method.exclude, regularizer.acts_on)
-        outcome = train(
-            model,
-            context.loader(context.recipe.train, seed),
-            context.recipe.train,
-            runtime=context.runtime,
-            regularizer=regularizer,
-            folder=stage.folder,
-            seed=seed,
-            evaluation=lambda m: context.validate(m) or context.test(m),
-            targets=targets,
-            listener=context.listener,
-        )
+        outcome = train_under(context, method, model, seed, stage, snapshot_at=rewind_step(context, method, seed))
         values = asdict(outcome)
         save_tensors(stage.folder / "scores.safetensors", values.pop("scores"), {"seed": seed})
         save_tensors(stage.folder / "model.safetensors", model.state_dict(), {"seed": seed})
@@ -95,6 +87,39 @@ def run_train(context: Context, method: MethodSpec, seed: int) -> dict[str, Any]
         # Only now: until the result is there, the checkpoint is all that an interruption leaves.
         (stage.folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return finished
+
+
+def train_under(
+    context: Context,
+    method: MethodSpec,
+    model: nn.Module,
+    seed: int,
+    stage: Stage,
+    *,
+    masks: Masks | None = None,
+    first_step: int = 0,
+    snapshot_at: int | None = None,
+) -> TrainResult:
+    """Train `model` as the recipe says, under the method's regularizer; checkpoints go to the stage's folder."""
+    regularizer = make_regularizer(method.regularizer, context.options.allow_code)
+    targets = None
+    if method.include != ("*",) or method.exclude:
+        targets = find_targets(model, method.include, method.exclude, regularizer.acts_on)
+    return train(
+        model,
+        context.loader(context.recipe.train, seed),
+        context.recipe.train,
+        runtime=context.runtime,
+        regularizer=regularizer,
+        folder=stage.folder,
+        seed=seed,
+        evaluation=lambda m: context.validate(m) or context.test(m),
+        targets=targets,
+        masks=masks,
+        first_step=first_step,
+        snapshot_at=snapshot_at,
+        listener=context.listener,
+    )
 
 
 def trained_model(context: Context, method: MethodSpec, seed: int) -> nn.Module:
@@ -105,10 +130,16 @@ def trained_model(context: Context, method: MethodSpec, seed: int) -> nn.Module:
         return context.model(seed, tensors)
 
 
+def learned_scores(context: Context, method: MethodSpec, seed: int) -> dict[str, Tensor]:
+    """What the regularizer learned about its targets in training; mostly empty."""
+    return load_tensors(train_stage(context, method, seed).folder / "scores.safetensors")[0]
+
+
 def prune_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> Stage:
     """Pruning one trained network one way, at every sparsity."""
+    spec = way_of(context, method, spec)
     settings = spec.model_dump(mode="json", exclude={"latency"})
-    settings["code"] = _code(context, spec.criterion["name"])
+    settings["code"] = code_hashes(context, spec.criterion["name"])
     return context.store.stage("prune", {"train": train_stage(context, method, seed).key, **settings})
 
 
@@ -117,128 +148,34 @@ def run_prune(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) 
     stage = prune_stage(context, method, seed, spec)
     with stage.work():
         if not stage.done:
-            model = trained_model(context, method, seed)
-            rows = _unit_rows if spec.granularity == "unit" else _weight_rows
-            stage.finish({"rows": [{**row, "stage": stage.key} for row in rows(context, model, seed, spec)]})
+            model, learned = trained_model(context, method, seed), learned_scores(context, method, seed)
+            spec = way_of(context, method, spec)
+            rows = (_unit_rows if spec.granularity == "unit" else _weight_rows)(context, model, seed, spec, learned)
+            stage.finish({"rows": [{**row, "stage": stage.key} for row in rows]})
         return stage.result()["rows"]
 
 
-def _rule(spec: PruneSpec, seed: int) -> SelectionRule:
-    return SelectionRule(spec.scope, spec.allocation, spec.rounding, spec.min_keep, seed=seed)
-
-
-def _weight_rows(context: Context, model: nn.Module, seed: int, spec: PruneSpec) -> Iterator[dict[str, Any]]:
-    criterion = make_criterion(spec.criterion, context.options.allow_code)
-    ranking = rank(
-        model,
-        criterion,
-        granularity=spec.granularity,
-        rule=_rule(spec, seed),
-        targets=find_targets(model, spec.include, spec.exclude),
-        batches=context.training_batches(),
-    )
+def _weight_rows(
+    context: Context, model: nn.Module, seed: int, spec: PruneSpec, learned: dict[str, Tensor]
+) -> Iterator[dict[str, Any]]:
+    ranking = weight_ranking(context, model, seed, spec, learned)
     dense = measure_cost(model, context.example(1))
     for sparsity in spec.sparsities:
         context.listener.check_stop()
         masks = ranking.masks(sparsity)
         with _borrowed_weights(model):
             masks.apply_(model)
-            yield {
-                **_row(context, model, spec, sparsity),
-                "sparsity_got": masks.sparsity,
-                "params_total": dense.params,
-                "params_kept": dense.params - (masks.total - masks.kept),
-                "macs": dense.macs,  # zeros are multiplied like any other number: only a cut saves MACs
-                "layers": [{"name": n, "kept": kept, "total": size} for n, kept, size in masks.layers()],
-            }
+            yield weight_row(context, model, masks, dense, spec, sparsity)
 
 
-def unit_ranking(context: Context, model: nn.Module, seed: int, spec: PruneSpec) -> UnitRanking:
-    """The units of a network, ranked as a recipe's prune entry says."""
-    groups: Groups = context.groups.inner() if spec.groups == "inner" else context.groups.prunable()
-    return rank_units(
-        model,
-        make_criterion(spec.criterion, context.options.allow_code),
-        groups,
-        rule=_rule(spec, seed),
-        targets=find_targets(model, spec.include, spec.exclude),
-        batches=context.training_batches(),
-    )
-
-
-def _unit_rows(context: Context, model: nn.Module, seed: int, spec: PruneSpec) -> Iterator[dict[str, Any]]:
-    ranking = unit_ranking(context, model, seed, spec)
+def _unit_rows(
+    context: Context, model: nn.Module, seed: int, spec: PruneSpec, learned: dict[str, Tensor]
+) -> Iterator[dict[str, Any]]:
+    ranking = unit_ranking(context, model, seed, spec, learned)
     dense = measure_cost(model, context.example(1))
     for sparsity in spec.sparsities:
         context.listener.check_stop()
-        kept = ranking.kept(sparsity)
-        smaller, difference = cut_copy(context, model, ranking, kept)
-        cost = measure_cost(smaller, context.example(1))
-        units = sum(k.numel() for k in kept.values())
-        yield {
-            **_row(context, smaller, spec, sparsity),
-            "sparsity_got": 1.0 - sum(int(k.sum()) for k in kept.values()) / units,
-            "params_total": dense.params,
-            "params_kept": cost.params,
-            "macs": cost.macs,
-            "max_abs_diff": difference,
-            "layers": [{"name": n, "kept": int(k.sum()), "total": k.numel()} for n, k in kept.items()],
-        }
-
-
-def cut_copy(
-    context: Context, model: nn.Module, ranking: UnitRanking, kept: dict[str, Tensor]
-) -> tuple[nn.Module, float | None]:
-    """A cut copy of `model`, and max |masked - cut| on test images; the plain copy and 0 if nothing goes.
-
-    The difference is None for a network so far gone that it gives one answer to everything: it is cut all the
-    same, because its accuracy is a result too, but no comparison could prove anything.
-    """
-    smaller = copy.deepcopy(model)
-    if all(bool(k.all()) for k in kept.values()):
-        return smaller, 0.0
-    plan = make_plan(smaller, ranking.groups, kept)
-    try:
-        return smaller, cut_verified_(smaller, plan, context.example(_PROOF_INPUTS)).max_abs_diff
-    except VacuousProofError:
-        cut_(smaller, plan)
-        return smaller, None
-
-
-def _row(context: Context, model: nn.Module, spec: PruneSpec, sparsity: float) -> dict[str, Any]:
-    if spec.recalibrate:
-        recalibrate_(model, context)
-    tested, validated = context.test(model), context.validate(model)
-    return {
-        "granularity": spec.granularity,
-        "criterion": spec.criterion["name"],
-        "scope": spec.scope,
-        "sparsity_asked": sparsity,
-        "top1": tested.top1,
-        "correct": tested.correct,
-        "count": tested.count,
-        "top5": tested.top5,
-        "validation_top1": validated.top1 if validated else None,
-        "fine_tuned": False,
-    }
-
-
-@torch.no_grad()
-def recalibrate_(model: nn.Module, context: Context) -> None:
-    """Re-estimate every BatchNorm's running statistics as plain averages over the training set."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [m.momentum for m in norms]
-    training = model.training
-    model.eval()  # dropout would be noise in the statistics, and draw from the global generator
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    for inputs, _ in context.training_batches():
-        model(inputs)
-    model.train(training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        yield unit_row(context, model, ranking.groups, ranking.kept(sparsity), dense, spec, sparsity)
 
 
 @contextmanager
@@ -262,8 +199,9 @@ def run_latency(context: Context, method: MethodSpec, seed: int, spec: PruneSpec
     with stage.work():
         if not stage.done:
             model = trained_model(context, method, seed)
-            ranking = unit_ranking(context, model, seed, spec)
-            cut = {str(s): cut_copy(context, model, ranking, ranking.kept(s))[0] for s in spec.sparsities}
+            spec = way_of(context, method, spec)
+            ranking = unit_ranking(context, model, seed, spec, learned_scores(context, method, seed))
+            cut = {str(s): cut_copy(context, model, ranking.groups, ranking.kept(s))[0] for s in spec.sparsities}
             batch = min(64, len(context.data.test_labels))
             times = measure_latency(cut, context.example(batch), batch_size=batch, rounds=15, min_time=0.005)
             stage.finish({"latency": {name: latency_json(t) for name, t in times.items()}})

@@ -87,12 +87,16 @@ def train(
     evaluation: Callable[[nn.Module], Evaluation],
     targets: Targets | None = None,
     masks: Masks | None = None,
+    first_step: int = 0,
+    snapshot_at: int | None = None,
     listener: Listener | None = None,
 ) -> TrainResult:
     """Train `model` in place under a regularizer; checkpoints go to `folder` and are resumed from there.
 
     Args:
         masks: held at zero throughout, if given.
+        first_step: start here in the schedules and the data, when the weights are those of that step.
+        snapshot_at: keep the network as it is after this step, in `folder`'s `snapshot.safetensors`.
 
     Raises:
         DivergedError: the loss is not finite; the last good checkpoint stays in `folder`.
@@ -116,12 +120,14 @@ def train(
         # Attached before the optimizer is built, because a method may add parameters to learn.
         optimizer = make_optimizer(model, spec.optimizer, sparsifier.learned())
         engine, engine_optimizer = runtime.setup(model, optimizer)
-        state = _State(folder, model, optimizer, sparsifier)
+        state = _State(folder, model, optimizer, sparsifier, spec, first_step)
         torch.manual_seed(keyed_seed(seed, "forward noise"))
         state.restore()
         hold = masks.hold(model, optimizer) if masks is not None else None
         model.train()
         for step in range(state.step, steps):
+            if state.out_of_patience():
+                break
             started = time.perf_counter()
             rate = learning_rate(spec.lr_schedule, spec.optimizer.lr, step, steps, loader.steps_per_epoch)
             for group in optimizer.param_groups:
@@ -145,17 +151,20 @@ def train(
                     what = f"the loss on held-out data is {measured.loss}"
                     raise DivergedError(_diverged(what, step, loader.steps_per_epoch, rate, state))
                 state.note(loader.steps_per_epoch, measured, rate)
+            if state.step == snapshot_at:
+                ckpt.save_tensors(folder / "snapshot.safetensors", model.state_dict(), {"step": state.step})
             listener.advanced(state.step, f"loss {value:.3f}")
             if listener.stop:
                 state.save()
                 raise Interrupted(f"interrupted at step {state.step} of {steps}; saved, run again to continue")
             if state.step % save_every == 0 and state.step < steps:
                 state.save()
+        state.keep()
         if hold is not None:
             hold.remove()
         scores = {name: score.detach().cpu().clone() for name, score in sparsifier.scores().items()}
         sparsifier.finalize()
-    return TrainResult(steps, state.seconds, state.history[-1]["loss"], state.history, scores)
+    return TrainResult(state.step - first_step, state.seconds, state.history[-1]["loss"], state.history, scores)
 
 
 def _diverged(what: str, step: int, steps_per_epoch: int, rate: float, state: _State) -> str:
@@ -168,11 +177,21 @@ def _diverged(what: str, step: int, steps_per_epoch: int, rate: float, state: _S
 class _State:
     """Everything that changes while training, and its checkpoint."""
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: Optimizer,
+        sparsifier: Sparsifier,
+        spec: TrainSpec,
+        first_step: int,
+    ) -> None:
+        self._patience, self._keeps_best = spec.patience, spec.keep == "best"
+        self._best: dict[str, Tensor] = {}
         self.path = folder / "checkpoint.safetensors"
         self._metrics = folder / "metrics.jsonl"
         self._model, self._optimizer, self._sparsifier = model, optimizer, sparsifier
-        self.step = self.saved_step = 0
+        self.step = self.saved_step = first_step
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.running: list[float] = []  # losses since the last evaluation
@@ -194,7 +213,22 @@ class _State:
         }
         self.history.append(entry)
         self.running = []
+        if self._keeps_best and self._evaluations_since_best() == 0:
+            self._best = {name: t.detach().clone() for name, t in self._model.state_dict().items()}
         self._write_metrics("a", json.dumps(entry) + "\n")
+
+    def _evaluations_since_best(self) -> int:
+        losses = [entry["eval_loss"] for entry in self.history]
+        return len(losses) - 1 - losses.index(min(losses))
+
+    def out_of_patience(self) -> bool:
+        """Whether the held-out loss has not fallen for as many evaluations as the recipe allows."""
+        return self._patience is not None and bool(self.history) and self._evaluations_since_best() >= self._patience
+
+    def keep(self) -> None:
+        """Put back the best weights, if the recipe wants them rather than the last."""
+        if self._best:
+            self._model.load_state_dict(self._best)
 
     def _write_metrics(self, mode: str, text: str) -> None:
         try:
@@ -219,6 +253,7 @@ class _State:
             "optimizer": moments,
             "sparsifier": self._sparsifier.state_dict(),
             "rng": ckpt.global_rng(),
+            "best": self._best,
         }
         tensors = {f"{part}/{name}": t for part, entries in parts.items() for name, t in entries.items()}
         values = {"step": self.step, "seconds": self.seconds, "history": self.history, "running": self.running}
@@ -235,7 +270,7 @@ class _State:
         self._write_metrics("w", "".join(json.dumps(entry) + "\n" for entry in self.history))
 
     def _take(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sparsifier": {}, "rng": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sparsifier": {}, "rng": {}, "best": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
@@ -243,6 +278,7 @@ class _State:
         ckpt.restore_optimizer(self._model, self._optimizer, parts["optimizer"], values["optimizer"])
         self._sparsifier.load_state_dict(parts["sparsifier"])
         ckpt.restore_global_rng(parts["rng"])
+        self._best = parts["best"]
         self.step = self.saved_step = int(values["step"])
         self.seconds, self.history = float(values["seconds"]), list(values["history"])
         self.running = list(values["running"])

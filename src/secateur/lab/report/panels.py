@@ -26,6 +26,11 @@ class Arm:
         """Accuracy by seed; empty where this sparsity was not tried."""
         return {seed: row.top1 for seed, row in self.points.get(sparsity, {}).items()}
 
+    @property
+    def control(self) -> bool:
+        """Whether the recipe says that the other arms of its method are compared with this one."""
+        return any(row.control for by_seed in self.points.values() for row in by_seed.values())
+
     def count(self, sparsity: float) -> int | None:
         """Test images a seed, where every row tells."""
         counts = [row.count for row in self.points.get(sparsity, {}).values()]
@@ -35,16 +40,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Panel:
-    """All arms of one granularity, before or after fine-tuning."""
+    """All arms of one granularity, as pruned or trained again afterwards."""
 
     granularity: str
-    fine_tuned: bool
+    retrained: bool
     arms: tuple[Arm, ...]
 
     @property
     def title(self) -> str:
         """In words, for headings and plots."""
-        return f"pruned by {self.granularity}" + (", fine-tuned" if self.fine_tuned else "")
+        return f"pruned by {self.granularity}" + (", trained again" if self.retrained else "")
 
     @property
     def sparsities(self) -> tuple[float, ...]:
@@ -53,10 +58,10 @@ class Panel:
 
 
 def group(rows: Iterable[Row]) -> tuple[Panel, ...]:
-    """Rows by granularity and fine-tuning, then by method, criterion and scope, in order of appearance."""
+    """Rows by granularity and whether trained again, then by method, criterion and scope, in order of appearance."""
     tree: dict[tuple[str, bool], dict[tuple[str, str, str], dict[float, dict[int, Row]]]] = {}
     for row in rows:
-        arms = tree.setdefault((row.granularity, row.fine_tuned), {})
+        arms = tree.setdefault((row.granularity, row.retrained), {})
         points = arms.setdefault((row.method, row.criterion, row.scope), {})
         points.setdefault(round(row.sparsity_asked, 6), {})[row.seed] = row
     return tuple(

@@ -106,7 +106,7 @@ def _run(name: str, result: Result, prefix: str, pictures: list[Picture]) -> dic
     drawn: list[Picture] = []
     timed: list[Picture] = []
     for panel in result.panels:
-        slug = _slug(panel.granularity) + ("-fine-tuned" if panel.fine_tuned else "")
+        slug = _slug(panel.granularity) + ("-trained-again" if panel.retrained else "")
         title, lines = panel.title[:1].upper() + panel.title[1:], plots.lines(result, panel)
         drawn.append(plots.accuracy(f"{prefix}accuracy-{slug}", title, lines, chance, shared))
         timed += plots.latency(f"{prefix}latency-{slug}", title, lines, chance)

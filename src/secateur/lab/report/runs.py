@@ -72,7 +72,7 @@ def between(named: Sequence[tuple[str, Result]]) -> tuple[Table | None, str]:
         (
             f"{name} vs {first_name}",
             arm.label,
-            panel.granularity + (", fine-tuned" if panel.fine_tuned else ""),
+            panel.granularity + (", trained again" if panel.retrained else ""),
             level(sparsity),
             points(got.mean, signed=True),
             span(got),
@@ -98,7 +98,7 @@ def between(named: Sequence[tuple[str, Result]]) -> tuple[Table | None, str]:
 
 def _match(other: Result, panel: Panel, arm: Arm) -> Arm | None:
     for candidate in other.panels:
-        if (candidate.granularity, candidate.fine_tuned) == (panel.granularity, panel.fine_tuned):
+        if (candidate.granularity, candidate.retrained) == (panel.granularity, panel.retrained):
             for item in candidate.arms:
                 if (item.method, item.criterion, item.scope) == (arm.method, arm.criterion, arm.scope):
                     return item

@@ -77,7 +77,8 @@ class Row(_Part):
     top5: Share | None = None
     layers: list[Layer] | None = None
     latency: Latency | None = None
-    fine_tuned: bool = False
+    retrained: bool = False
+    control: bool = False
 
     @model_validator(mode="after")
     def _counts_agree(self) -> Row:
@@ -241,7 +242,7 @@ class Result(_Part):
 
     def unpruned(self, method: str) -> dict[int, float]:
         """Accuracy by seed before pruning: rows at sparsity 0, else what training reported."""
-        rows = [row for row in self.rows if row.sparsity_asked == 0 and not row.fine_tuned]
+        rows = [row for row in self.rows if row.sparsity_asked == 0 and not row.retrained]
         zero = {row.seed: row.top1 for row in rows if row.method == method}
         trained = [item for item in self.trainings or [] if item.method == method and item.top1 is not None]
         return zero or {item.seed: item.top1 for item in trained if item.top1 is not None}
@@ -286,7 +287,7 @@ def _check_names(result: Result) -> None:
                 "the file is damaged or foreign, run the recipe again"
             )
         sparsity = round(row.sparsity_asked, 6)
-        key = (row.method, row.seed, row.granularity, row.criterion, row.scope, sparsity, row.fine_tuned)
+        key = (row.method, row.seed, row.granularity, row.criterion, row.scope, sparsity, row.retrained)
         if key in seen:
             raise CheckpointError(
                 f"{where}: same method, seed, granularity, criterion, scope and sparsity as "

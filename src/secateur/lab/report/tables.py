@@ -82,7 +82,7 @@ def differences(comparisons: Iterable[Comparison]) -> Table:
         (
             item.name,
             item.against,
-            f"{item.panel.granularity}{', fine-tuned' if item.panel.fine_tuned else ''}",
+            f"{item.panel.granularity}{', trained again' if item.panel.retrained else ''}",
             level(item.sparsity),
             points(item.interval.mean, signed=True),
             span(item.interval),
@@ -146,7 +146,7 @@ def csv_text(results: Sequence[tuple[str, Result, Sequence[Comparison]]]) -> str
             "run",
             "recipe_hash",
             "granularity",
-            "fine_tuned",
+            "retrained",
             "method",
             "criterion",
             "scope",
@@ -177,7 +177,7 @@ def csv_text(results: Sequence[tuple[str, Result, Sequence[Comparison]]]) -> str
                     item = by_key.get((id(arm), sparsity))
                     lines.append(
                         [
-                            *(name, result.recipe_hash, panel.granularity, panel.fine_tuned, arm.method),
+                            *(name, result.recipe_hash, panel.granularity, panel.retrained, arm.method),
                             *(arm.criterion, arm.scope, sparsity, _average(rows, "sparsity_got"), len(rows)),
                             *(arm.count(sparsity), got.mean, got.low, got.high, got.method),
                             *(_average(rows, key) for key in ("top5", "params_total", "params_kept", "macs")),
@@ -193,7 +193,7 @@ def layers_csv(results: Sequence[tuple[str, Result]]) -> str:
     head = [
         "run",
         "granularity",
-        "fine_tuned",
+        "retrained",
         "method",
         "criterion",
         "scope",
@@ -205,7 +205,7 @@ def layers_csv(results: Sequence[tuple[str, Result]]) -> str:
         [
             name,
             panel.granularity,
-            panel.fine_tuned,
+            panel.retrained,
             arm.method,
             arm.criterion,
             arm.scope,

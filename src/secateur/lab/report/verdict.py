@@ -47,6 +47,8 @@ class Comparison:
     @property
     def name(self) -> str:
         """The method, with its criterion where the control was pruned by another."""
+        if self.panel.retrained:
+            return self.arm.label
         if self.arm.method == self.baseline.method:
             return f"{self.arm.criterion} alone"
         other = self.arm.criterion != self.baseline.criterion and self.arm.criterion not in self.arm.label
@@ -54,8 +56,8 @@ class Comparison:
 
     @property
     def against(self) -> str:
-        """The control: its score alone."""
-        return f"{self.baseline.criterion} alone"
+        """The control: its score alone, or its name where all were trained again."""
+        return self.baseline.label if self.panel.retrained else f"{self.baseline.criterion} alone"
 
     @property
     def resolved(self) -> bool:
@@ -150,13 +152,17 @@ def _smaller(*counts: int | None) -> int | None:
 
 
 def _baseline(result: Result, panel: Panel, arm: Arm) -> Arm | None:
-    """The control's arm closest to `arm`: same criterion and scope, else magnitude."""
-    method = result.baseline
-    arms = [other for other in panel.arms if method is not None and other.method == method.label]
+    """The control's arm closest to `arm`: the one the recipe calls its control, same criterion, else magnitude."""
+    if result.baseline is None:
+        return None
+    present = [other.method for other in panel.arms]
+    # Networks that were trained again are compared among themselves, so there the first of them is the control.
+    method = result.baseline.label if result.baseline.label in present else present[0]
+    arms = [other for other in panel.arms if other.method == method]
 
-    def distance(other: Arm) -> tuple[bool, bool, bool]:
+    def distance(other: Arm) -> tuple[bool, bool, bool, bool]:
         same = other.criterion == arm.criterion and other.method != arm.method
-        return (not same, other.criterion != "magnitude", other.scope != arm.scope)
+        return (not same, not other.control, other.criterion != "magnitude", other.scope != arm.scope)
 
     best = min(arms, key=distance, default=None)
     return None if best is arm else best

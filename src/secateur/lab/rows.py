@@ -1,0 +1,124 @@
+"""One row of a result: a pruned network, evaluated and counted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.analysis.cost import Cost, measure_cost
+from secateur.core.groups import Groups
+from secateur.core.masks import Masks
+from secateur.errors import VacuousProofError
+from secateur.lab.context import Context
+from secateur.lab.recipe import PruneSpec
+from secateur.surgery.cut import cut_
+from secateur.surgery.plan import make_plan
+from secateur.surgery.verify import cut_verified_
+
+__all__ = ["cut_copy", "recalibrate_", "small_row", "unit_row", "weight_row"]
+
+_PROOF_INPUTS = 16
+
+
+def weight_row(
+    context: Context, model: nn.Module, masks: Masks, dense: Cost, spec: PruneSpec, sparsity: float
+) -> dict[str, Any]:
+    """The row of a network whose weights `masks` has set to zero."""
+    return {
+        **_row(context, model, spec, sparsity),
+        "sparsity_got": masks.sparsity,
+        "params_total": dense.params,
+        "params_kept": dense.params - (masks.total - masks.kept),
+        "macs": dense.macs,  # zeros are multiplied like any other number: only a cut saves MACs
+        "layers": [{"name": n, "kept": kept, "total": size} for n, kept, size in masks.layers()],
+    }
+
+
+def unit_row(
+    context: Context,
+    model: nn.Module,
+    groups: Groups,
+    kept: Mapping[str, Tensor],
+    dense: Cost,
+    spec: PruneSpec,
+    sparsity: float,
+) -> dict[str, Any]:
+    """The row of a cut copy of `model`, left as it is, with the proof that the cut was exact."""
+    smaller, difference = cut_copy(context, model, groups, kept)
+    return {**small_row(context, smaller, kept, dense, spec, sparsity), "max_abs_diff": difference}
+
+
+def small_row(
+    context: Context, smaller: nn.Module, kept: Mapping[str, Tensor], dense: Cost, spec: PruneSpec, sparsity: float
+) -> dict[str, Any]:
+    """The row of a network that has only the kept units."""
+    cost = measure_cost(smaller, context.example(1))
+    units = sum(k.numel() for k in kept.values())
+    return {
+        **_row(context, smaller, spec, sparsity),
+        "sparsity_got": 1.0 - sum(int(k.sum()) for k in kept.values()) / units,
+        "params_total": dense.params,
+        "params_kept": cost.params,
+        "macs": cost.macs,
+        "layers": [{"name": n, "kept": int(k.sum()), "total": k.numel()} for n, k in kept.items()],
+    }
+
+
+def cut_copy(
+    context: Context, model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]
+) -> tuple[nn.Module, float | None]:
+    """A cut copy of `model`, and max |masked - cut| on test images; the plain copy and 0 if nothing goes.
+
+    The difference is None for a network so far gone that it gives one answer to everything: it is cut all the
+    same, because its accuracy is a result too, but no comparison could prove anything.
+    """
+    smaller = copy.deepcopy(model)
+    if all(bool(k.all()) for k in kept.values()):
+        return smaller, 0.0
+    plan = make_plan(smaller, groups, dict(kept))
+    try:
+        return smaller, cut_verified_(smaller, plan, context.example(_PROOF_INPUTS)).max_abs_diff
+    except VacuousProofError:
+        cut_(smaller, plan)
+        return smaller, None
+
+
+def _row(context: Context, model: nn.Module, spec: PruneSpec, sparsity: float) -> dict[str, Any]:
+    if spec.recalibrate:
+        recalibrate_(model, context)
+    tested, validated = context.test(model), context.validate(model)
+    return {
+        "granularity": spec.granularity,
+        "criterion": spec.title,
+        "scope": spec.scope,
+        "control": spec.control,
+        "sparsity_asked": sparsity,
+        "top1": tested.top1,
+        "correct": tested.correct,
+        "count": tested.count,
+        "top5": tested.top5,
+        "validation_top1": validated.top1 if validated else None,
+        "retrained": False,
+    }
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, context: Context) -> None:
+    """Re-estimate every BatchNorm's running statistics as plain averages over the training set."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    training = model.training
+    model.eval()  # dropout would be noise in the statistics, and draw from the global generator
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for inputs, _ in context.training_batches():
+        model(inputs)
+    model.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,61 @@
+"""A recipe's ways of pruning, applied to a network: which criterion ranks it, and its ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from secateur.core.groups import Groups
+from secateur.core.targets import find_targets
+from secateur.lab.context import Context
+from secateur.lab.plugins import make_criterion
+from secateur.lab.recipe import MethodSpec, PruneSpec
+from secateur.sparsify.ranking import Ranking, SelectionRule, UnitRanking, rank, rank_units
+
+__all__ = ["unit_ranking", "way_of", "weight_ranking"]
+
+
+def way_of(context: Context, method: MethodSpec, spec: PruneSpec) -> PruneSpec:
+    """The prune entry as it holds for a method: by the method's own criterion, where that can score the cells."""
+    if method.criterion is None:
+        return spec
+    criterion = make_criterion(method.criterion, context.options.allow_code)
+    if spec.granularity != "unit" and "weight" not in criterion.granularities:
+        return spec
+    return spec.model_copy(update={"criterion": method.criterion, "label": None})
+
+
+def weight_ranking(
+    context: Context, model: nn.Module, seed: int, spec: PruneSpec, learned: Mapping[str, Tensor] | None = None
+) -> Ranking:
+    """The weights of a network, ranked as a prune entry says."""
+    return rank(
+        model,
+        make_criterion(spec.criterion, context.options.allow_code),
+        granularity=spec.granularity,
+        rule=_rule(spec, seed),
+        targets=find_targets(model, spec.include, spec.exclude),
+        batches=context.training_batches(),
+        learned=learned,
+    )
+
+
+def unit_ranking(
+    context: Context, model: nn.Module, seed: int, spec: PruneSpec, learned: Mapping[str, Tensor] | None = None
+) -> UnitRanking:
+    """The units of a network, ranked as a prune entry says."""
+    groups: Groups = context.groups.inner() if spec.groups == "inner" else context.groups.prunable()
+    return rank_units(
+        model,
+        make_criterion(spec.criterion, context.options.allow_code),
+        groups,
+        rule=_rule(spec, seed),
+        targets=find_targets(model, spec.include, spec.exclude),
+        batches=context.training_batches(),
+        learned=learned,
+    )
+
+
+def _rule(spec: PruneSpec, seed: int) -> SelectionRule:
+    return SelectionRule(spec.scope, spec.allocation, spec.rounding, spec.min_keep, ties=spec.ties, seed=seed)

@@ -1,0 +1,228 @@
+"""Training again after pruning: what is removed, where it starts again, and that it resumes bitwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.errors import RecipeError
+from secateur.lab.checkpoint import load_tensors
+from secateur.lab.context import Context, Options
+from secateur.lab.listener import Interrupted, Listener
+from secateur.lab.recipe_file import load_recipe
+from secateur.lab.run import plan_run, run_recipe
+from secateur.lab.stages import train_stage
+
+RECIPE = """\
+name: loop
+seeds: [0]
+data: {{name: digits, subset: 120, validation: 0.2}}
+model: {{name: mlp, kwargs: {{hidden: [10, 10]}}}}
+train:
+  duration: {duration}
+  batch_size: 32
+  optimizer: {{name: sgd, lr: {lr}, momentum: 0.9, weight_decay: 0.0}}
+  lr_schedule: {{name: constant}}
+methods:
+  - {{label: again, regularizer: none, loop: {loop}}}
+prune:
+  - {prune}
+"""
+UNITS = "{granularity: unit, criterion: mean_activation, scope: global, ties: random}"
+WEIGHTS = "{granularity: weight, criterion: magnitude, sparsities: [0.0, 0.5]}"
+
+
+def _recipe(tmp_path, loop, prune=UNITS, duration="2ep", lr=0.1):
+    path = tmp_path / "loop.yaml"
+    path.write_text(RECIPE.format(loop=loop, prune=prune, duration=duration, lr=lr))
+    return load_recipe(path)
+
+
+def _options(tmp_path, **more):
+    return Options(out=tmp_path / "runs", device="cpu", **more)
+
+
+def _run(tmp_path, loop, prune=UNITS, **more):
+    recipe = _recipe(tmp_path, loop, prune, **more)
+    return recipe, run_recipe(recipe, _options(tmp_path))
+
+
+def _trained(tmp_path, kind="again"):
+    """Networks and kept cells of the loop's own trainings, by round or sparsity."""
+    found = {}
+    for folder in (tmp_path / "runs" / "stages").glob(f"{kind}-*"):
+        spec = json.loads((folder / "stage.json").read_text())
+        weights, _ = load_tensors(folder / "model.safetensors")
+        kept, _ = load_tensors(folder / "kept.safetensors")
+        found[spec["sparsity"] or spec["round"]] = (weights, {n: k.bool() for n, k in kept.items()})
+    return found
+
+
+def _init(tmp_path, recipe):
+    return Context(recipe, _options(tmp_path)).model(0).state_dict()
+
+
+def test_rounds_remove_a_fraction_of_what_remains_until_little_is_left(tmp_path):
+    _, result = _run(tmp_path, "{fraction: 0.5, until: 0.2}")
+    rows = result["rows"]
+    assert [round(row["sparsity_asked"], 6) for row in rows] == [0.0, 0.5, 0.75, 0.875]
+    assert [sum(layer["kept"] for layer in row["layers"]) for row in rows] == [20, 10, 5, 3]
+    assert all(row["retrained"] for row in rows)
+    assert all(row["max_abs_diff"] < 1e-4 for row in rows), "what is reported is the cut network, proven"
+    assert rows[0]["top1"] == result["trainings"][0]["top1"]
+
+
+def test_masks_are_nested_and_held_through_training(tmp_path):
+    _run(tmp_path, "{fraction: 0.5, until: 0.2}", WEIGHTS)
+    found = _trained(tmp_path)
+    before = None
+    for number in sorted(found):
+        weights, kept = found[number]
+        for name, mask in kept.items():
+            assert bool((weights[name][~mask] == 0).all())
+            assert bool((weights[name][mask] != 0).any())
+            assert before is None or bool((before[name] | ~mask).all()), "a removed weight came back"
+        before = kept
+
+
+# A learning rate of next to nothing shows where a training started.
+@pytest.mark.parametrize("restart", ["init", "reinitialize", "trained", "1ep"])
+def test_where_training_starts_again(tmp_path, restart):
+    recipe = _recipe(tmp_path, f"{{restart: {restart}}}", WEIGHTS)
+    run_recipe(recipe, _options(tmp_path))
+    stage = train_stage(Context(recipe, _options(tmp_path)), recipe.methods[0], 0)
+    trained, _ = load_tensors(stage.folder / "model.safetensors")
+    starts = {"init": _init(tmp_path, recipe), "trained": trained}
+    if restart == "1ep":
+        starts["1ep"], _ = load_tensors(stage.folder / "snapshot.safetensors")
+        assert not torch.equal(starts["1ep"]["fc1.weight"], trained["fc1.weight"])
+    slow = _recipe(tmp_path, f"{{restart: {restart}}}", WEIGHTS, lr=1e-12)
+    context = Context(slow, _options(tmp_path))
+    # The dense network stays that of the quick recipe: only the second training is slow.
+    for name in ("model", "scores", "snapshot"):
+        source = stage.folder / f"{name}.safetensors"
+        if source.is_file():
+            target = train_stage(context, slow.methods[0], 0).folder
+            target.mkdir(parents=True, exist_ok=True)
+            (target / source.name).write_bytes(source.read_bytes())
+    done = train_stage(context, slow.methods[0], 0)
+    done.finish(stage.result())
+    for folder in (tmp_path / "runs" / "stages").glob("again-*"):
+        (folder / "result.json").unlink()
+        (folder / "stage.json").write_text('{"sparsity": null, "round": -1}')
+    run_recipe(slow, _options(tmp_path))
+    weights, kept = _trained(tmp_path)[0.5]
+    for name, mask in kept.items():
+        if restart == "reinitialize":
+            assert not torch.allclose(weights[name][mask], starts["init"][name][mask], atol=1e-3)
+        else:
+            torch.testing.assert_close(weights[name], starts[restart][name] * mask, atol=1e-6, rtol=0)
+
+
+def test_scoring_before_training_prunes_the_untrained_network(tmp_path):
+    recipe, _ = _run(tmp_path, "{score_at: init}", WEIGHTS)
+    start = _init(tmp_path, recipe)
+    _, kept = _trained(tmp_path)[0.5]
+    for name, mask in kept.items():
+        size = start[name].abs()
+        assert float(size[~mask].max()) <= float(size[mask].min())
+
+
+def test_shuffled_masks_keep_the_counts_and_nothing_else(tmp_path):
+    recipe, _ = _run(tmp_path, "{shuffle_masks: true}", WEIGHTS)
+    stage = train_stage(Context(recipe, _options(tmp_path)), recipe.methods[0], 0)
+    trained, _ = load_tensors(stage.folder / "model.safetensors")
+    _, kept = _trained(tmp_path)[0.5]
+    for name, mask in kept.items():
+        assert int(mask.sum()) == mask.numel() - mask.numel() // 2
+        size = trained[name].abs()
+        assert float(size[~mask].max()) > float(size[mask].min())
+
+
+def test_a_small_network_from_scratch_has_the_small_shapes(tmp_path):
+    prune = "{granularity: unit, criterion: random, sparsities: [0.0, 0.5]}"
+    _, result = _run(tmp_path, "{score_at: init, restart: reinitialize, small: true}", prune)
+    weights, _ = _trained(tmp_path)[0.5]
+    assert weights["fc1.weight"].shape == (5, 64)
+    assert weights["fc2.weight"].shape == (5, 5)
+    row = next(r for r in result["rows"] if r["sparsity_asked"] == 0.5)
+    assert row["params_kept"] == sum(w.numel() for w in weights.values())
+    # Its first weights are drawn for its own fan-in: PyTorch draws from +-1 / sqrt(fan_in).
+    assert float(weights["fc2.weight"].abs().max()) > 1 / 10**0.5
+
+
+def test_rounds_end_when_accuracy_falls_below_its_share(tmp_path):
+    _, result = _run(tmp_path, "{fraction: 0.5, until: 0.0, kappa: 1.0}", duration="8ep")
+    accuracy = [row["validation_top1"] for row in result["rows"]]
+    assert accuracy[-1] < accuracy[0]
+    assert all(value >= accuracy[0] for value in accuracy[:-1])
+
+
+class _StopAfter(Listener):
+    """Asks to stop after so many training steps in all."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def advanced(self, step, note):
+        self.left -= 1
+        self.stop = self.left <= 0
+
+
+@pytest.mark.parametrize("steps", [9, 14, 20])
+def test_interrupted_anywhere_it_ends_with_the_same_weights(tmp_path, steps):
+    loop = "{fraction: 0.5, until: 0.3, restart: 1ep}"
+    (tmp_path / "whole").mkdir()
+    _, whole = _run(tmp_path / "whole", loop, WEIGHTS, duration="3ep")
+    recipe = _recipe(tmp_path, loop, WEIGHTS, duration="3ep")
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, _options(tmp_path), _StopAfter(steps))
+    resumed = run_recipe(recipe, _options(tmp_path))
+    assert [row["top1"] for row in resumed["rows"]] == [row["top1"] for row in whole["rows"]]
+    ours, theirs = _trained(tmp_path), _trained(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    for number, (weights, _) in ours.items():
+        assert all(torch.equal(weights[n], theirs[number][0][n]) for n in weights)
+
+
+def test_a_finished_loop_is_kept_and_no_resume_does_it_again(tmp_path):
+    recipe, first = _run(tmp_path, "{fraction: 0.5, until: 0.3}")
+    stages = tmp_path / "runs" / "stages"
+    times = {p: p.stat().st_mtime_ns for p in stages.glob("*/result.json")}
+    again = run_recipe(recipe, _options(tmp_path))
+    assert again["rows"] == first["rows"]
+    assert {p: p.stat().st_mtime_ns for p in stages.glob("*/result.json")} == times
+    assert all(stage.done for stage in plan_run(recipe, _options(tmp_path)))
+    fresh = run_recipe(recipe, _options(tmp_path, resume=False))
+    assert fresh["rows"] == first["rows"]
+    assert all(p.stat().st_mtime_ns > times[p] for p in stages.glob("again-*/result.json"))
+
+
+def test_a_method_may_rank_by_its_own_criterion(tmp_path):
+    path: Path = tmp_path / "own.yaml"
+    path.write_text(
+        RECIPE.format(loop="{restart: trained}", prune=WEIGHTS, duration="1ep", lr=0.1)
+        .replace("regularizer: none, loop", "regularizer: none, criterion: random, loop")
+        .replace("prune:\n", "prune:\n  - {granularity: unit, criterion: magnitude, sparsities: [0.5]}\n")
+    )
+    result = run_recipe(load_recipe(path), _options(tmp_path))
+    assert {row["criterion"] for row in result["rows"]} == {"random"}
+
+
+@pytest.mark.parametrize(
+    ("loop", "words"),
+    [
+        ("{restart: 0.5run}", "is a fraction of the run"),
+        ("{restart: sometimes}", 'duration "sometimes"'),
+        ("{until: 0.2}", "give fraction too"),
+        ("{score_at: init, fraction: 0.2}", "prunes before training"),
+        ("{small: true}", "takes score_at init and restart reinitialize"),
+    ],
+)
+def test_loops_that_make_no_sense_are_refused(tmp_path, loop, words):
+    with pytest.raises(RecipeError, match=words):
+        _recipe(tmp_path, loop)
