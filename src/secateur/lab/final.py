@@ -40,7 +40,8 @@ def choose_method(context: Context, spec: FinalSpec, rows: list[dict[str, Any]])
     Validation accuracy decides where the recipe holds a validation share out; otherwise test accuracy, and the
     returned words say so.
     """
-    methods = {m.label: m for m in context.recipe.methods if m.loop is None}
+    recipe = context.recipe
+    methods = {m.label: m for m in recipe.methods if m.loop is None and spec.prune in dict(recipe.ways(m))}
     if spec.method != "best":
         return methods[spec.method], "named by the recipe"
     prune = context.recipe.prune[spec.prune]
@@ -55,7 +56,7 @@ def choose_method(context: Context, spec: FinalSpec, rows: list[dict[str, Any]])
 
 def final_stage(context: Context, method: MethodSpec, seed: int, spec: FinalSpec) -> Stage:
     settings = spec.model_dump(mode="json", exclude={"method"})
-    way = way_of(context, method, context.recipe.prune[spec.prune])
+    way = way_of(method, context.recipe.prune[spec.prune])
     settings["prune"] = way.model_dump(mode="json", exclude={"sparsities", "latency", "label"})
     return context.store.stage("final", {"train": train_stage(context, method, seed).key, **settings})
 
@@ -116,7 +117,7 @@ def _deliver(context: Context, method: MethodSpec, seed: int, spec: FinalSpec, f
 
 def _plan(context: Context, method: MethodSpec, model: nn.Module, seed: int, spec: FinalSpec) -> tuple[Plan, float]:
     """What to cut, rounded up to whole multiples of `align`; and the sparsity of units that leaves."""
-    way = way_of(context, method, context.recipe.prune[spec.prune])
+    way = way_of(method, context.recipe.prune[spec.prune])
     ranking = unit_ranking(context, model, seed, way, learned_scores(context, method, seed))
     kept: dict[str, Tensor] = {}
     for name, keep in ranking.kept(spec.sparsity).items():

@@ -53,7 +53,7 @@ class _State:
 def loop_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> Stage:
     """The rows of one loop."""
     assert method.loop is not None
-    way = way_of(context, method, spec)
+    way = way_of(method, spec)
     return context.store.stage(
         "loop",
         {
@@ -77,7 +77,7 @@ def run_loop(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -
 
 def _rows(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> list[dict[str, Any]]:
     assert method.loop is not None
-    arm = _Arm(context, method, method.loop, seed, way_of(context, method, spec))
+    arm = _Arm(context, method, method.loop, seed, way_of(method, spec))
     dense = _State(
         trained_model(context, method, seed),
         None,

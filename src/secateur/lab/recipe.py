@@ -163,6 +163,7 @@ class MethodSpec(_Spec):
     include: tuple[str, ...] = Field(("*",), description="layers it acts on: shell patterns, @first, @last")
     exclude: tuple[str, ...] = Field((), description="layers it leaves alone")
     criterion: Plugin | None = Field(None, description="rank its networks by this, whatever the prune entry says")
+    prune: tuple[int, ...] | None = Field(None, description="only these entries of prune, counted from 0; default: all")
     loop: LoopSpec | None = Field(None, description="train again after pruning")
 
 
@@ -249,7 +250,12 @@ class Recipe(_Spec):
         if not labels or len(set(labels)) != len(labels):
             raise ValueError(f"methods need distinct labels, got {labels}")
         for method in self.methods:
-            shapes = {p.granularity for p in self.prune} if method.loop is not None else set()
+            if any(not 0 <= i < len(self.prune) for i in method.prune or ()):
+                raise ValueError(
+                    f'method "{method.label}": prune {list(method.prune or ())} names entries that are not there; '
+                    f"there are {len(self.prune)}, counted from 0"
+                )
+            shapes = {p.granularity for _, p in self.ways(method)} if method.loop is not None else set()
             if not shapes <= {"weight", "unit"}:
                 raise ValueError(f'method "{method.label}": a loop prunes by granularity weight or unit')
             if method.loop is not None and method.loop.small and shapes != {"unit"}:
@@ -263,19 +269,25 @@ class Recipe(_Spec):
                 "them apart by these"
             )
         if self.final is not None:
-            once = [m.label for m in self.methods if m.loop is None]
+            if self.final.prune >= len(self.prune) or self.prune[self.final.prune].granularity != "unit":
+                raise ValueError("final.prune must be the number of a prune entry with granularity unit")
+            once = [m.label for m in self.methods if m.loop is None and self.final.prune in dict(self.ways(m))]
             if not once or self.final.method not in ("best", *once):
                 known = ", ".join(["best", *once])
-                raise ValueError(f'final.method "{self.final.method}" is no method without a loop; known: {known}')
+                raise ValueError(
+                    f'final.method "{self.final.method}" is not pruned that way without a loop; known: {known}'
+                )
             tuned = self.final.fine_tune
             if tuned is not None and tuned.precision != self.train.precision:
                 raise ValueError(
                     f'final.fine_tune.precision "{tuned.precision}" differs from train.precision '
                     f'"{self.train.precision}"; a run computes in one'
                 )
-            if self.final.prune >= len(self.prune) or self.prune[self.final.prune].granularity != "unit":
-                raise ValueError("final.prune must be the number of a prune entry with granularity unit")
         return self
+
+    def ways(self, method: MethodSpec) -> list[tuple[int, PruneSpec]]:
+        """The prune entries that hold for a method, with their numbers."""
+        return [(i, p) for i, p in enumerate(self.prune) if method.prune is None or i in method.prune]
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in, as plain JSON data."""

@@ -208,7 +208,16 @@ def _check_plugins(recipe: Recipe, data: Any, path: Path, allow_code: Collection
             (["methods", i, "regularizer"], lambda m=m: make_regularizer(m.regularizer, allow_code))
             for i, m in enumerate(recipe.methods)
         ),
-        *((["prune", i, "criterion"], lambda p=p: _check_criterion(p, allow_code)) for i, p in enumerate(recipe.prune)),
+        *(
+            (["prune", i, "criterion"], lambda p=p: _check_criterion(p.criterion, p, allow_code))
+            for i, p in enumerate(recipe.prune)
+        ),
+        *(
+            (["methods", i, "criterion"], lambda m=m, p=p: _check_criterion(m.criterion, p, allow_code))
+            for i, m in enumerate(recipe.methods)
+            for _, p in recipe.ways(m)
+            if m.criterion is not None
+        ),
         (["model", "name"], lambda: _check_model(recipe.model.name, allow_code)),
     ]
     for location, check in checks:
@@ -218,12 +227,12 @@ def _check_plugins(recipe: Recipe, data: Any, path: Path, allow_code: Collection
             raise RecipeError(f"{path}:{_line(data, location)}: {_key_path(location)}: {error}") from error
 
 
-def _check_criterion(spec: PruneSpec, allow_code: Collection[str]) -> None:
-    criterion = make_criterion(spec.criterion, allow_code)
+def _check_criterion(plugin: dict[str, Any], spec: PruneSpec, allow_code: Collection[str]) -> None:
+    criterion = make_criterion(plugin, allow_code)
     if spec.granularity != "unit" and "weight" not in criterion.granularities:
         raise UsageError(
-            f'{spec.criterion["name"]} gives one score per unit, but the granularity is "{spec.granularity}"; '
-            "use granularity unit"
+            f'{plugin["name"]} gives one score per unit, but the granularity is "{spec.granularity}"; '
+            "use granularity unit (a method's own prune: [...] says which entries it takes)"
         )
 
 

@@ -149,7 +149,7 @@ def _stages(context: Context) -> list[tuple[str, Stage]]:
     for method, seed in _columns(recipe):
         found.append((f"train {method.label}, seed {seed}", train_stage(context, method, seed)))
     for number, spec in enumerate(recipe.prune):
-        for method, seed in _columns(recipe):
+        for method, seed in _columns(recipe, number):
             title = f"prune[{number}] {method.label}, seed {seed}"
             found.append((title, _rows_stage(context, method, seed, spec)))
             if _timed(context, method, seed, spec):
@@ -162,7 +162,7 @@ def _kept_rows(context: Context) -> list[dict[str, Any]]:
     return [
         {"method": method.label, "seed": seed, "prune": number, **row}
         for number, spec in enumerate(context.recipe.prune)
-        for method, seed in _columns(context.recipe)
+        for method, seed in _columns(context.recipe, number)
         for row in _rows_stage(context, method, seed, spec).result()["rows"]
     ]
 
@@ -176,8 +176,10 @@ def _timed(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> 
     return spec.latency and method.loop is None and seed == context.recipe.seeds[0]
 
 
-def _columns(recipe: Recipe) -> list[tuple[MethodSpec, int]]:
-    return [(method, seed) for seed in recipe.seeds for method in recipe.methods]
+def _columns(recipe: Recipe, prune: int | None = None) -> list[tuple[MethodSpec, int]]:
+    """Every method with every seed; only the methods that a prune entry holds for, if one is named."""
+    methods = [m for m in recipe.methods if prune is None or prune in dict(recipe.ways(m))]
+    return [(method, seed) for seed in recipe.seeds for method in methods]
 
 
 def _method(method: MethodSpec) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def _train_all(context: Context) -> list[dict[str, Any]]:
 def _prune_all(context: Context) -> list[dict[str, Any]]:
     rows = []
     for number, spec in enumerate(context.recipe.prune):
-        for method, seed in _columns(context.recipe):
+        for method, seed in _columns(context.recipe, number):
             context.listener.check_stop()
             title = f"prune by {spec.granularity}: {method.label}, seed {seed}"
             cached = _rows_stage(context, method, seed, spec).done

@@ -137,7 +137,7 @@ def learned_scores(context: Context, method: MethodSpec, seed: int) -> dict[str,
 
 def prune_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> Stage:
     """Pruning one trained network one way, at every sparsity."""
-    spec = way_of(context, method, spec)
+    spec = way_of(method, spec)
     settings = spec.model_dump(mode="json", exclude={"latency"})
     settings["code"] = code_hashes(context, spec.criterion["name"])
     return context.store.stage("prune", {"train": train_stage(context, method, seed).key, **settings})
@@ -149,7 +149,7 @@ def run_prune(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) 
     with stage.work():
         if not stage.done:
             model, learned = trained_model(context, method, seed), learned_scores(context, method, seed)
-            spec = way_of(context, method, spec)
+            spec = way_of(method, spec)
             rows = (_unit_rows if spec.granularity == "unit" else _weight_rows)(context, model, seed, spec, learned)
             stage.finish({"rows": [{**row, "stage": stage.key} for row in rows]})
         return stage.result()["rows"]
@@ -199,7 +199,7 @@ def run_latency(context: Context, method: MethodSpec, seed: int, spec: PruneSpec
     with stage.work():
         if not stage.done:
             model = trained_model(context, method, seed)
-            spec = way_of(context, method, spec)
+            spec = way_of(method, spec)
             ranking = unit_ranking(context, model, seed, spec, learned_scores(context, method, seed))
             cut = {str(s): cut_copy(context, model, ranking.groups, ranking.kept(s))[0] for s in spec.sparsities}
             batch = min(64, len(context.data.test_labels))

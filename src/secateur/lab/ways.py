@@ -16,12 +16,9 @@ from secateur.sparsify.ranking import Ranking, SelectionRule, UnitRanking, rank,
 __all__ = ["unit_ranking", "way_of", "weight_ranking"]
 
 
-def way_of(context: Context, method: MethodSpec, spec: PruneSpec) -> PruneSpec:
-    """The prune entry as it holds for a method: by the method's own criterion, where that can score the cells."""
+def way_of(method: MethodSpec, spec: PruneSpec) -> PruneSpec:
+    """The prune entry as it holds for a method: by the method's own criterion, if it has one."""
     if method.criterion is None:
-        return spec
-    criterion = make_criterion(method.criterion, context.options.allow_code)
-    if spec.granularity != "unit" and "weight" not in criterion.granularities:
         return spec
     return spec.model_copy(update={"criterion": method.criterion, "label": None})
 
