@@ -26,21 +26,25 @@ def accuracy_tables(result: dict[str, Any]) -> str:
         f"# {result['name']}: top-1 in percent, mean and 95 % interval over {len(result['recipe']['seeds'])} seeds"
     ]
     rows = result["rows"]
-    for granularity in dict.fromkeys(r["granularity"] for r in rows):
-        own = [r for r in rows if r["granularity"] == granularity]
-        sparsities = sorted({r["sparsity_asked"] for r in own})
-        lines += ["", f"| pruned by {granularity} | criterion | " + " | ".join(f"{s:.1%}" for s in sparsities) + " |"]
+    for granularity, again in dict.fromkeys((r["granularity"], r["retrained"]) for r in rows):
+        own = [r for r in rows if (r["granularity"], r["retrained"]) == (granularity, again)]
+        sparsities = sorted({round(r["sparsity_asked"], 6) for r in own})
+        title = f"pruned by {granularity}" + (", trained again" if again else "")
+        lines += ["", f"| {title} | criterion | " + " | ".join(f"{s:.1%}" for s in sparsities) + " |"]
         lines += ["|---|---|" + "---|" * len(sparsities)]
         for method, criterion in dict.fromkeys((r["method"], r["criterion"]) for r in own):
-            cells = []
-            for sparsity in sparsities:
-                here = [r for r in own if (r["method"], r["criterion"]) == (method, criterion)]
-                at = [r for r in here if r["sparsity_asked"] == sparsity]
-                found = mean_interval([r["top1"] for r in at], count=at[0]["count"])
-                interval = "" if found.low is None else f" ({100 * found.low:.1f}..{100 * found.high:.1f})"
-                cells.append(f"{100 * found.mean:.1f}{interval}")
-            lines.append(f"| {method} | {criterion} | " + " | ".join(cells) + " |")
+            here = [r for r in own if (r["method"], r["criterion"]) == (method, criterion)]
+            at = [[r for r in here if round(r["sparsity_asked"], 6) == sparsity] for sparsity in sparsities]
+            lines.append(f"| {method} | {criterion} | " + " | ".join(map(_cell, at)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    found = mean_interval([r["top1"] for r in rows], count=rows[0]["count"])
+    interval = "" if found.low is None else f" ({100 * found.low:.1f}..{100 * found.high:.1f})"
+    return f"{100 * found.mean:.1f}{interval}"
 
 
 def main(run: Path, name: str) -> None:

@@ -13,28 +13,50 @@ from secateur._version import __version__
 if TYPE_CHECKING:
     from secateur.analysis.cost import Cost, compare_costs, measure_cost
     from secateur.analysis.latency import latency_ratio, measure_latency
+    from secateur.analysis.mc_dropout import MCPrediction, mc_predict
     from secateur.core.duration import Duration, Progress
     from secateur.core.groups import Group, Groups
     from secateur.core.masks import Hold, Masks
     from secateur.core.schedule import Gradual, Iterative, OneShot
     from secateur.core.select import select
     from secateur.core.targets import Target, Targets, find_targets
+    from secateur.criteria.apoz import APoZ
     from secateur.criteria.base import Criterion, Evidence
     from secateur.criteria.bn_gamma import BnGamma
     from secateur.criteria.driver import score_targets
+    from secateur.criteria.grasp import Grasp
+    from secateur.criteria.lamp import Lamp
+    from secateur.criteria.learned import Learned
     from secateur.criteria.magnitude import Magnitude
     from secateur.criteria.mean_activation import MeanActivation
+    from secateur.criteria.oracle import Oracle
     from secateur.criteria.random import Random
     from secateur.criteria.saliency import Saliency
+    from secateur.criteria.snip import Snip
+    from secateur.criteria.synflow import SynFlow
     from secateur.criteria.taylor import Taylor
+    from secateur.criteria.wanda import Wanda
     from secateur.errors import SecateurError
     from secateur.lab.oneshot import PruneReport, prune_units_, prune_weights
     from secateur.regularizers.base import Regularizer, WeightNoise
     from secateur.regularizers.ddrop import DDrop
+    from secateur.regularizers.ddrop_scale import DDropScale
     from secateur.regularizers.dropout import Dropout
+    from secateur.regularizers.gradual_pruning import GradualPruning
+    from secateur.regularizers.irrelevance import Irrelevance
+    from secateur.regularizers.l0 import L0
+    from secateur.regularizers.l1 import L1
+    from secateur.regularizers.mask_pool import MaskPoolDropout, unit_mask
+    from secateur.regularizers.network_slimming import NetworkSlimming
     from secateur.regularizers.none import NoRegularizer
+    from secateur.regularizers.pgmpf import PGMPF
+    from secateur.regularizers.smallify import Smallify
+    from secateur.regularizers.soft_filter_pruning import SoftFilterPruning
     from secateur.regularizers.targeted_dropout import TargetedDropout
+    from secateur.regularizers.variational_dropout import VariationalDropout
+    from secateur.sparsify.iterate import next_masks, next_units
     from secateur.sparsify.ranking import SelectionRule, rank, rank_units
+    from secateur.sparsify.rounds import prune_in_rounds
     from secateur.sparsify.sparsifier import Sparsifier
     from secateur.surgery.engine import trace_groups
     from secateur.surgery.file import load_pruned, save_pruned
@@ -44,28 +66,50 @@ if TYPE_CHECKING:
 _HOMES = {
     "analysis.cost": ("Cost", "compare_costs", "measure_cost"),
     "analysis.latency": ("latency_ratio", "measure_latency"),
+    "analysis.mc_dropout": ("MCPrediction", "mc_predict"),
     "core.duration": ("Duration", "Progress"),
     "core.groups": ("Group", "Groups"),
     "core.masks": ("Hold", "Masks"),
     "core.schedule": ("Gradual", "Iterative", "OneShot"),
     "core.select": ("select",),
     "core.targets": ("Target", "Targets", "find_targets"),
+    "criteria.apoz": ("APoZ",),
     "criteria.base": ("Criterion", "Evidence"),
     "criteria.bn_gamma": ("BnGamma",),
     "criteria.driver": ("score_targets",),
+    "criteria.grasp": ("Grasp",),
+    "criteria.lamp": ("Lamp",),
+    "criteria.learned": ("Learned",),
     "criteria.magnitude": ("Magnitude",),
     "criteria.mean_activation": ("MeanActivation",),
+    "criteria.oracle": ("Oracle",),
     "criteria.random": ("Random",),
     "criteria.saliency": ("Saliency",),
+    "criteria.snip": ("Snip",),
+    "criteria.synflow": ("SynFlow",),
     "criteria.taylor": ("Taylor",),
+    "criteria.wanda": ("Wanda",),
     "errors": ("SecateurError",),
     "lab.oneshot": ("PruneReport", "prune_units_", "prune_weights"),
     "regularizers.base": ("Regularizer", "WeightNoise"),
     "regularizers.ddrop": ("DDrop",),
+    "regularizers.ddrop_scale": ("DDropScale",),
     "regularizers.dropout": ("Dropout",),
+    "regularizers.gradual_pruning": ("GradualPruning",),
+    "regularizers.irrelevance": ("Irrelevance",),
+    "regularizers.l0": ("L0",),
+    "regularizers.l1": ("L1",),
+    "regularizers.mask_pool": ("MaskPoolDropout", "unit_mask"),
+    "regularizers.network_slimming": ("NetworkSlimming",),
     "regularizers.none": ("NoRegularizer",),
+    "regularizers.pgmpf": ("PGMPF",),
+    "regularizers.smallify": ("Smallify",),
+    "regularizers.soft_filter_pruning": ("SoftFilterPruning",),
     "regularizers.targeted_dropout": ("TargetedDropout",),
+    "regularizers.variational_dropout": ("VariationalDropout",),
+    "sparsify.iterate": ("next_masks", "next_units"),
     "sparsify.ranking": ("SelectionRule", "rank", "rank_units"),
+    "sparsify.rounds": ("prune_in_rounds",),
     "sparsify.sparsifier": ("Sparsifier",),
     "surgery.engine": ("trace_groups",),
     "surgery.file": ("load_pruned", "save_pruned"),
@@ -75,23 +119,37 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "L0",
+    "L1",
+    "PGMPF",
+    "APoZ",
     "BnGamma",
     "Cost",
     "Criterion",
     "DDrop",
+    "DDropScale",
     "Dropout",
     "Duration",
     "Evidence",
     "Gradual",
+    "GradualPruning",
+    "Grasp",
     "Group",
     "Groups",
     "Hold",
+    "Irrelevance",
     "Iterative",
+    "Lamp",
+    "Learned",
+    "MCPrediction",
     "Magnitude",
+    "MaskPoolDropout",
     "Masks",
     "MeanActivation",
+    "NetworkSlimming",
     "NoRegularizer",
     "OneShot",
+    "Oracle",
     "Plan",
     "Progress",
     "PruneReport",
@@ -100,11 +158,17 @@ __all__ = [
     "Saliency",
     "SecateurError",
     "SelectionRule",
+    "Smallify",
+    "Snip",
+    "SoftFilterPruning",
     "Sparsifier",
+    "SynFlow",
     "Target",
     "TargetedDropout",
     "Targets",
     "Taylor",
+    "VariationalDropout",
+    "Wanda",
     "WeightNoise",
     "__version__",
     "align",
@@ -115,8 +179,12 @@ __all__ = [
     "load_pruned",
     "make_plan",
     "max_difference",
+    "mc_predict",
     "measure_cost",
     "measure_latency",
+    "next_masks",
+    "next_units",
+    "prune_in_rounds",
     "prune_units_",
     "prune_weights",
     "rank",
@@ -125,6 +193,7 @@ __all__ = [
     "score_targets",
     "select",
     "trace_groups",
+    "unit_mask",
 ]
 
 

@@ -221,6 +221,8 @@ def test_a_method_may_rank_by_its_own_criterion(tmp_path):
         ("{until: 0.2}", "give fraction too"),
         ("{score_at: init, fraction: 0.2}", "prunes before training"),
         ("{small: true}", "takes score_at init and restart reinitialize"),
+        ("{fraction: 0.2, rescore: 5}", "takes no fraction"),
+        ("{rescore: 5}", "needs granularity weight"),
     ],
 )
 def test_loops_that_make_no_sense_are_refused(tmp_path, loop, words):

@@ -37,7 +37,7 @@ def methods(
         elif json_:
             out_json({"methods": rows})
         else:
-            columns = ("name", "kind", "needs", "granularities", "state", "cost", "paper")
+            columns = ("name", "phase", "needs", "granularities", "state", "cost", "paper")
             table("", columns, [[_cell(row[c]) for c in columns] for row in rows])
 
 

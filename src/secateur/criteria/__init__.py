@@ -19,5 +19,13 @@ CRITERIA = Registry(
         "mean_activation": "secateur.criteria.mean_activation:MeanActivation",
         "taylor": "secateur.criteria.taylor:Taylor",
         "saliency": "secateur.criteria.saliency:Saliency",
+        "lamp": "secateur.criteria.lamp:Lamp",
+        "apoz": "secateur.criteria.apoz:APoZ",
+        "snip": "secateur.criteria.snip:Snip",
+        "grasp": "secateur.criteria.grasp:Grasp",
+        "synflow": "secateur.criteria.synflow:SynFlow",
+        "wanda": "secateur.criteria.wanda:Wanda",
+        "learned": "secateur.criteria.learned:Learned",
+        "oracle": "secateur.criteria.oracle:Oracle",
     },
 )

@@ -13,7 +13,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Criterion", "Evidence", "Need"]
 
-Need = Literal["weights", "gradients", "norm", "mean_abs", "variance", "zero_fraction", "activation_gradients"]
+Need = Literal[
+    "weights",
+    "gradients",
+    "norm",
+    "mean_abs",
+    "variance",
+    "zero_fraction",
+    "activation_gradients",
+    "zero_map_fraction",
+    "input_norm",
+    "hessian_gradient",
+    "synaptic_flow",
+    "ablation_loss",
+    "learned",
+]
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,15 @@ class Evidence:
         zero_fraction: `[units]`, share of samples and positions where it is exactly 0. Need: `"zero_fraction"`.
         activation_gradient: `[units]`, mean over samples of |mean over positions of gradient x activation|.
             Need: `"activation_gradients"`.
+        zero_map_fraction: `[units]`, share of samples whose map has a mean of exactly 0. Need: `"zero_map_fraction"`.
+        input_norm: shaped like `weight` (a view that repeats one value for all units that share an input): L2 norm,
+            over all samples and positions, of the input that each weight multiplies. Need: `"input_norm"`.
+        hessian_gradient: shaped like `weight`, H g: Hessian of the mean loss times its gradient, both over all
+            target weights and with the outputs divided by `Criterion.temperature`. Need: `"hessian_gradient"`.
+        synaptic_flow: shaped like `weight`, |w dR/dw|, R the summed output of the network with every parameter and
+            BatchNorm statistic made absolute, for an input of ones. Need: `"synaptic_flow"`.
+        ablation_loss: `[units]`, mean loss with that one unit set to zero. Need: `"ablation_loss"`.
+        learned: `[units]` or shaped like `weight`, the score that a regularizer has learned. Need: `"learned"`.
     """
 
     target: Target
@@ -43,16 +66,26 @@ class Evidence:
     variance: Tensor | None = None
     zero_fraction: Tensor | None = None
     activation_gradient: Tensor | None = None
+    zero_map_fraction: Tensor | None = None
+    input_norm: Tensor | None = None
+    hessian_gradient: Tensor | None = None
+    synaptic_flow: Tensor | None = None
+    ablation_loss: Tensor | None = None
+    learned: Tensor | None = None
 
 
 class Criterion(ABC):
     """An importance score. Subclasses are frozen dataclasses that state what they need and write `score`.
 
     Class attributes:
-        needs: what `Evidence` must hold; the driver gathers the union for all criteria in one pass.
+        needs: what `Evidence` must hold; the driver gathers the union for all criteria together. Where settings decide,
+            name everything here and narrow it in `wanted`.
         granularities: `"weight"` if it scores single weights (it then serves units and blocks too, pooled),
             `"unit"` if it can give one number per unit.
         absolute: the score is the absolute value of what `score` returns (saves a copy of the weights).
+        informed: a dead unit (weights, bias and gamma zero) ranks last; False for controls that ignore the network
+            and for scores that say something else by definition.
+        temperature: what the network's outputs are divided by for `"hessian_gradient"`.
         pool: how weight scores add up to a unit's: `"sum"`, `"mean"`, `"l1"` or `"l2"`.
         summary, paper, cost: for tables and cards.
     """
@@ -60,6 +93,8 @@ class Criterion(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset({"weights"})
     granularities: ClassVar[tuple[str, ...]] = ("weight", "unit")
     absolute: ClassVar[bool] = False
+    informed: ClassVar[bool] = True
+    temperature: float = 1.0
     pool: str = "sum"
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -68,3 +103,11 @@ class Criterion(ABC):
     @abstractmethod
     def score(self, evidence: Evidence) -> Tensor:
         """Importance, higher = keep: shaped like `evidence.weight`, or `[units]`."""
+
+    def wanted(self) -> frozenset[Need]:
+        """What this instance needs: `needs`, or the part of it that its settings call for."""
+        return self.needs
+
+    def jointly(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores of all targets, seen together at last: the place to normalize by a total over layers."""
+        return scores

@@ -97,14 +97,20 @@ class UnitOutputs(TorchFunctionMode):
     Args:
         weights: id of the weight tensor -> target name.
         on_output: `clobbered` is True when the activation is about to be overwritten in place.
+        on_call: called as `on_call(name, function name, args, kwargs, output)` right after each layer call.
 
     After the block, `norms` maps target names to the id of the BatchNorm scale that follows them.
     """
 
-    def __init__(self, weights: Mapping[int, str], on_output: Callable[[Activation, bool], None]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[int, str],
+        on_output: Callable[[Activation, bool], None],
+        on_call: Callable[[str, str, tuple[Any, ...], dict[str, Any], Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
         self._weights = dict(weights)
-        self._on_output = on_output
+        self._on_output, self._on_call = on_output, on_call
         self._open: dict[int, Activation] = {}
         self.norms: dict[str, int] = {}
 
@@ -136,6 +142,8 @@ class UnitOutputs(TorchFunctionMode):
             known = self._weights.get(id(weight))
             if known is not None:
                 self._open[id(out)] = Activation(known, out, _LAYERS[name])
+                if self._on_call is not None:
+                    self._on_call(known, name, args, kwargs, out)
         return out
 
     def _remember_norm(self, layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

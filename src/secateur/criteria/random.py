@@ -22,6 +22,7 @@ class Random(Criterion):
     """
 
     pool = "mean"
+    informed: ClassVar[bool] = False
     summary: ClassVar[str] = "uniform random scores (control)"
     paper: ClassVar[str] = "control"
 

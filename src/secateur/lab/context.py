@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -154,12 +154,8 @@ class Context:
         )
 
     def training_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """The whole training set once, in stored order, without augmentation, on the run's device."""
-        data = self.data
-        for batch in evaluation_batches(
-            data.train_images, data.train_labels, _EVALUATION_BATCH, normalize=data.normalize
-        ):
-            yield self.runtime.to_device(*batch)  # type: ignore[misc]
+        """The training set in stored order, without augmentation, on the run's device; anew at every iteration."""
+        return _TrainingBatches(self)
 
     def test(self, model: nn.Module) -> Evaluation:
         """Accuracy on the test set."""
@@ -174,3 +170,15 @@ class Context:
     def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> Evaluation:
         batches = evaluation_batches(images, labels, _EVALUATION_BATCH, normalize=self.data.normalize)
         return evaluate(model, batches, self.runtime)
+
+
+@dataclass(frozen=True)
+class _TrainingBatches:
+    context: Context
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data, runtime = self.context.data, self.context.runtime
+        for batch in evaluation_batches(
+            data.train_images, data.train_labels, _EVALUATION_BATCH, normalize=data.normalize
+        ):
+            yield runtime.to_device(*batch)  # type: ignore[misc]

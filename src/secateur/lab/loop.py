@@ -21,7 +21,7 @@ from secateur.lab.recipe import LoopSpec, MethodSpec, PruneSpec
 from secateur.lab.rows import small_row, unit_row, weight_row
 from secateur.lab.stages import code_hashes, learned_scores, rewind_step, train_stage, train_under, trained_model
 from secateur.lab.store import Stage
-from secateur.lab.ways import unit_ranking, way_of, weight_ranking
+from secateur.lab.ways import masks_in_rounds, unit_ranking, way_of, weight_ranking
 from secateur.sparsify.iterate import next_masks, next_units
 from secateur.surgery.cut import cut_
 from secateur.surgery.plan import make_plan
@@ -210,6 +210,8 @@ def _prune(arm: _Arm, state: _State, sparsity: float | None, number: int) -> dic
     if arm.way.granularity == "unit":
         units = unit_ranking(context, model, seed, arm.way, state.learned)
         kept = units.kept(sparsity) if sparsity else next_units(units, state.kept, _share(loop), loop.round_up)
+    elif sparsity and loop.rescore > 1:
+        kept = dict(masks_in_rounds(context, model, seed, arm.way, sparsity, loop.rescore))
     else:
         weights = weight_ranking(context, model, seed, arm.way, state.learned)
         before = Masks(state.kept) if state.kept is not None else None

@@ -139,6 +139,7 @@ class LoopSpec(_Spec):
     round_up: bool = Field(False, description="a round removes ceil (lottery tickets), not floor (DropNet)")
     until: float = Field(0.1, ge=0.0, lt=1.0, description="rounds end when this share or less is left")
     kappa: float | None = Field(None, gt=0.0, le=1.0, description="rounds end below this share of the first accuracy")
+    rescore: int = Field(1, ge=1, description="weights: score again in so many steps on the way (SynFlow: 100)")
     shuffle_masks: bool = Field(False, description="control: the masks' entries in random order inside each layer")
     small: bool = Field(False, description="control: cut the units before training and start the small network anew")
 
@@ -150,6 +151,8 @@ class LoopSpec(_Spec):
             raise ValueError("until, kappa and round_up belong to rounds: give fraction too")
         if self.score_at == "init" and (self.fraction is not None or self.restart == "trained"):
             raise ValueError("score_at init prunes before training: it takes no fraction and no restart trained")
+        if self.rescore > 1 and self.fraction is not None:
+            raise ValueError("rescore goes to a sparsity in steps without training: it takes no fraction")
         if self.small and (self.score_at != "init" or self.restart != "reinitialize"):
             raise ValueError("small is a network trained from scratch: it takes score_at init and restart reinitialize")
         return self
@@ -258,6 +261,8 @@ class Recipe(_Spec):
             shapes = {p.granularity for _, p in self.ways(method)} if method.loop is not None else set()
             if not shapes <= {"weight", "unit"}:
                 raise ValueError(f'method "{method.label}": a loop prunes by granularity weight or unit')
+            if method.loop is not None and method.loop.rescore > 1 and shapes != {"weight"}:
+                raise ValueError(f'method "{method.label}": loop.rescore needs granularity weight')
             if method.loop is not None and method.loop.small and shapes != {"unit"}:
                 raise ValueError(f'method "{method.label}": loop.small needs granularity unit: weights cannot be cut')
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from secateur.core.groups import Groups
+from secateur.core.masks import Masks
 from secateur.core.targets import find_targets
 from secateur.lab.context import Context
 from secateur.lab.plugins import make_criterion
 from secateur.lab.recipe import MethodSpec, PruneSpec
 from secateur.sparsify.ranking import Ranking, SelectionRule, UnitRanking, rank, rank_units
+from secateur.sparsify.rounds import prune_in_rounds
 
-__all__ = ["unit_ranking", "way_of", "weight_ranking"]
+__all__ = ["masks_in_rounds", "unit_ranking", "way_of", "weight_ranking"]
 
 
 def way_of(method: MethodSpec, spec: PruneSpec) -> PruneSpec:
@@ -35,6 +37,22 @@ def weight_ranking(
         targets=find_targets(model, spec.include, spec.exclude),
         batches=context.training_batches(),
         learned=learned,
+    )
+
+
+def masks_in_rounds(
+    context: Context, model: nn.Module, seed: int, spec: PruneSpec, sparsity: float, rounds: int
+) -> Masks:
+    """Masks of a network's weights, scored again in every one of `rounds` steps on the way to a sparsity."""
+    return prune_in_rounds(
+        model,
+        make_criterion(spec.criterion, context.options.allow_code),
+        sparsity,
+        rounds,
+        granularity=spec.granularity,
+        rule=_rule(spec, seed),
+        targets=find_targets(model, spec.include, spec.exclude),
+        batches=context.training_batches(),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +57,7 @@ class Attachment:
         self.progress = Progress(0, 0, 1) if not spec.draws_noise else Progress(0, 1, 1)
         self._places = _places(self.network, self.parameters)
         self.learned: dict[str, nn.Parameter] = {}
+        self.is_sampling = False
         self._forwards = 0
         self._handles: list[Any] = []
         if spec.draws_noise:
@@ -63,7 +65,10 @@ class Attachment:
             self._handles.append(model.register_forward_hook(Hook(lambda *_: self.resume()), always_call=True))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and torch.is_grad_enabled():
+        if self.is_sampling:
+            self.end()
+            self.begin(args, kwargs)
+        elif module.training and torch.is_grad_enabled():
             self._refuse_replaced()
             self._forwards += 1
             self.begin(args, kwargs)
@@ -102,6 +107,24 @@ class Attachment:
                 f"{type(self.spec).__name__}: the optimizer does not train the parameters the method has added "
                 "(attachment.learned); attach first, then build the optimizer from model.named_parameters()"
             )
+
+    @contextmanager
+    def sampling(self, seed: int = 0) -> Iterator[None]:
+        """Within the block noise acts in eval mode and without gradients too, drawn anew in every forward pass.
+
+        Not between a training forward pass and its backward pass. Training goes on afterwards as if nothing had been.
+
+        Randomness: a stream of its own from `seed`.
+        """
+        self.end()
+        training, self.stream = self.stream, NoiseStream(seed, self.stream.device)
+        self.is_sampling = True
+        try:
+            yield
+        finally:
+            self.is_sampling = False
+            self.stream = training
+            self.end()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A training forward pass is about to run."""

@@ -1,41 +1,130 @@
-"""DDROP at work: one draw a step for all BatchNorms, outside the graph; one multiplication inside it."""
+"""Random masks of units at work: one draw a step for all layers, outside the graph; one multiplication inside it."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.duration import Progress
 from secateur.core.schedule import keep_prob_at
 from secateur.core.targets import Target, Targets
-from secateur.errors import UsageError
+from secateur.errors import NoEffectError, UsageError
 from secateur.regularizers.attachment import Attachment, Hook
+from secateur.regularizers.base import Regularizer
 from secateur.regularizers.ddrop import DDrop, keep_probabilities
+from secateur.regularizers.unit_sites import Site, find_sites, over_units
 
-__all__ = ["RankedChannelDropout"]
+if TYPE_CHECKING:
+    from secateur.regularizers.ddrop_scale import DDropScale
+
+__all__ = ["ChannelNoise", "RankedChannelDropout", "ScaledChannelDropout"]
 
 
-class RankedChannelDropout(Attachment):
-    """Multiplies the output of every target BatchNorm by a random channel mask in training mode."""
+class ChannelNoise(Attachment):
+    """Multiplies what each target's units put out by a mask `[1 or samples, units]` in training mode.
 
-    def __init__(self, spec: DDrop, model: nn.Module, targets: Targets | None, seed: int) -> None:
+    `sites` says where; it is found in the first forward pass unless a subclass knows better.
+    """
+
+    def __init__(self, spec: Regularizer, model: nn.Module, targets: Targets | None, seed: int, method: str) -> None:
         super().__init__(spec, model, targets, seed)
-        self._ddrop = spec
-        wrong = [t.name for t in self.targets if t.kind != "norm"]
-        if wrong:
-            raise UsageError(
-                f'ddrop: "{wrong[0]}" is not a BatchNorm scale; pass targets from find_targets(model, kind="norm")'
-            )
+        self._method = method
+        self.sites: dict[str, Site] = {}
         self._masks: dict[str, Tensor] = {}
+        self._acted = False
+
+    def _expect_units(self) -> None:
+        """Refuse targets whose units are no output of a layer."""
         for target in self.targets:
-            norm = self.network.get_submodule(target.module)
-            self._handles.append(norm.register_forward_hook(Hook(self._output_hook(target))))
+            if target.kind in ("attention", "norm"):
+                self._refuse(
+                    f'"{target.name}" is of kind {target.kind}, whose units are no output of a layer of their own; '
+                    "expected linear or convolution layers, exclude it"
+                )
+
+    def _refuse(self, message: str) -> NoReturn:
+        # A network that is refused keeps no hooks.
+        self.remove()
+        raise UsageError(f"{self._method}: {message}")
+
+    def locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the sites and put the hooks there, if that is not done."""
+        if not self.sites:
+            self.place(find_sites(self._method, self.network, self.targets, args, kwargs))
+
+    def place(self, sites: dict[str, Site]) -> None:
+        self.sites = sites
+        for name, site in sites.items():
+            module = self.network.get_submodule(site.module)
+            self._handles.append(module.register_forward_hook(Hook(self._output_hook(name, site))))
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.locate(args, kwargs)
+        self.draw(args, kwargs)
+
+    @abstractmethod
+    def draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Fill `_masks` for one forward pass."""
+
+    def end(self) -> None:
+        self._masks.clear()
+
+    def _output_hook(self, name: str, site: Site) -> Any:
+        def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            mask = self._mask(module, name, output)
+            # In place: no layer here needs its output to go backward, and a second copy would cost time and memory.
+            return None if mask is None else output.mul_(over_units(mask, output, site.axis))
+
+        return drop
+
+    def _mask(self, module: nn.Module, name: str, output: Tensor) -> Tensor | None:
+        # A missing mask means an evaluation or a pass without gradients.
+        if not (module.training or self.is_sampling) or name not in self._masks:
+            return None
+        mask = self._masks[name]
+        if len(mask) not in (1, len(output)):
+            raise UsageError(
+                f'{self._method}: layer "{name.rpartition(".")[0]}" sees {len(output)} samples where the batch has '
+                f"{len(mask)}; where a network folds other dimensions into its batch, use per_sample=False"
+            )
+        self._acted = True
+        return mask
+
+    def after_step(self, progress: Progress) -> None:
+        if self._masks and not self._acted:
+            raise NoEffectError(
+                f"{type(self.spec).__name__}: no target layer was masked in the last forward pass; put the targets in "
+                "train() mode, and attach before a compiled model runs for the first time (its graph ignores later "
+                "hooks)"
+            )
+        self._acted = False
+        super().after_step(progress)
+
+
+class RankedChannelDropout(ChannelNoise):
+    """DDROP: keep probabilities by the rank of |gamma|, or of the squared L2 norm of a unit's weights."""
+
+    def __init__(
+        self, spec: DDrop | DDropScale, model: nn.Module, targets: Targets | None, seed: int, method: str = "ddrop"
+    ) -> None:
+        super().__init__(spec, model, targets, seed, method)
+        self._ddrop = spec
+        self._gamma = spec.acts_on == "norm"
+        if not self._gamma:
+            self._expect_units()
+            return
+        wrong = [t.name for t in self.targets if t.kind != "norm"]
+        if wrong:
+            self._refuse(f'"{wrong[0]}" is not a BatchNorm scale; pass targets from find_targets(model, kind="norm")')
+        self.place({t.name: Site(t.module, 1) for t in self.targets})
+
+    def draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if not inputs:
-            raise UsageError("ddrop: the model is called without a tensor, so the batch size is unknown")
+            raise UsageError(f"{self._method}: the model is called without a tensor, so the batch size is unknown")
         self._draw(inputs[0].shape[0] if self._ddrop.per_sample else 1)
 
     @torch.no_grad()
@@ -51,28 +140,11 @@ class RankedChannelDropout(Attachment):
         spec, t = self._ddrop, self.progress.epoch_fraction
         low = keep_prob_at(spec.keep_min, spec.schedule, t)
         high = keep_prob_at(spec.keep_max, spec.schedule, t)
-        return keep_probabilities(self.parameters[target.name].detach().abs(), low, high)
+        return keep_probabilities(self._score(target), low, high)
 
-    def _output_hook(self, target: Target) -> Any:
-        name = target.name
-
-        def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            # A missing mask means an evaluation or a pass without gradients.
-            if not module.training or name not in self._masks:
-                return None
-            mask = self._masks[name]
-            if len(mask) not in (1, len(output)):
-                raise UsageError(
-                    f'ddrop: layer "{target.module}" sees {len(output)} samples where the batch has {len(mask)}; '
-                    "where a network folds other dimensions into its batch, use per_sample=False"
-                )
-            # In place: a BatchNorm's backward pass needs its input only, and a second copy would cost time and memory.
-            return output.mul_(mask.reshape(mask.shape[0], mask.shape[1], *([1] * (output.dim() - 2))))
-
-        return drop
-
-    def end(self) -> None:
-        self._masks.clear()
+    def _score(self, target: Target) -> Tensor:
+        parameter = self.parameters[target.name].detach()
+        return parameter.abs() if self._gamma else target.rows(parameter).square().sum(dim=1)
 
     def penalty(self) -> Tensor | float:
         if not self._ddrop.l1:
@@ -80,4 +152,71 @@ class RankedChannelDropout(Attachment):
         return self._ddrop.l1 * torch.cat(list(self.parameters.values())).abs().sum()
 
     def scores(self) -> dict[str, Tensor]:
-        return {name: p.detach().abs() for name, p in self.parameters.items()}
+        return {t.name: self._score(t) for t in self.targets}
+
+
+class ScaledChannelDropout(RankedChannelDropout):
+    """DDROP for layers without a scale: it adds one, ranks by it, and folds it into the weights at the end."""
+
+    def __init__(self, spec: DDropScale, model: nn.Module, targets: Targets | None, seed: int) -> None:
+        super().__init__(spec, model, targets, seed, "ddrop_scale")
+        tied = [t for t in self.targets if t.aliases]
+        if tied:
+            self._refuse(
+                f'"{tied[0].name}" is tied to {", ".join(tied[0].aliases)}, so a scale cannot be folded '
+                "into one of them; exclude it"
+            )
+        self._scales = {}
+        for t in self.targets:
+            weight = self.parameters[t.name]
+            ones = torch.ones(t.units, device=weight.device, dtype=weight.dtype)
+            self._scales[t.name] = self.learn(t.module, "ddrop_scale", ones)
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The scales act in eval mode too.
+        self.locate(args, kwargs)
+        super()._before_forward(module, args, kwargs)
+
+    def place(self, sites: dict[str, Site]) -> None:
+        for name, site in sites.items():
+            if self.network.get_submodule(site.module).weight is None:
+                raise UsageError(
+                    f'ddrop_scale: BatchNorm "{site.module}" behind "{name}" has no scale of its own, so none can be '
+                    "folded into it; exclude the layer"
+                )
+        super().place(sites)
+
+    def _score(self, target: Target) -> Tensor:
+        return self._scales[target.name].detach().abs()
+
+    def _output_hook(self, name: str, site: Site) -> Any:
+        scale = self._scales[name]
+
+        def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            factor, mask = scale.unsqueeze(0), self._mask(module, name, output)
+            if mask is not None:
+                factor = factor * mask
+            return output * over_units(factor, output, site.axis).to(output.dtype)
+
+        return drop
+
+    def penalty(self) -> Tensor | float:
+        if not self._ddrop.l1:
+            return 0.0
+        return self._ddrop.l1 * torch.cat(list(self._scales.values())).abs().sum()
+
+    def finalize(self) -> None:
+        """Fold the scales into the weights and biases in front of them; eval mode computes what it did before."""
+        if not self.sites and any(bool((s != 1).any()) for s in self._scales.values()):
+            raise UsageError("ddrop_scale: no forward pass has been made, so where the scales act is unknown; make one")
+        self._fold()
+        self.remove()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        for name, site in self.sites.items():
+            target, scale = self.targets[name], self._scales[name]
+            module: Any = self.network.get_submodule(site.module)
+            module.weight.mul_(target.spread(scale) if site.module == target.module else scale)
+            if module.bias is not None:
+                module.bias.mul_(scale)

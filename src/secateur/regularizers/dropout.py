@@ -47,7 +47,15 @@ class Dropout(WeightNoise):
 
     @classmethod
     def matched(cls, targeted: TargetedDropout) -> Dropout:
-        """The control with the same expected drop as `targeted`: drop_rate = gamma x alpha."""
+        """The control with the same expected drop as `targeted`: drop_rate = gamma x alpha, same granularity.
+
+        Raises: `UsageError` for `keep_per_unit`, whose gamma is another in each layer.
+        """
+        if targeted.keep_per_unit is not None:
+            raise UsageError(
+                f"dropout: keep_per_unit={targeted.keep_per_unit} drops another share in each layer, which no one "
+                "drop_rate matches; give one regularizer with drop_rate = alpha (1 - k / fan_in) to each layer"
+            )
         return cls(drop_rate=targeted.gamma * targeted.alpha, granularity=targeted.granularity)
 
     def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:

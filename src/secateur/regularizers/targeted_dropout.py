@@ -31,21 +31,29 @@ class TargetedDropout(WeightNoise):
         granularity: `"weight"`: the smallest |w| inside each unit's weights; `"unit"`: the units of smallest
             L2 norm inside each layer (attention: inside each head of query, key and value).
         ramp: raise gamma and alpha from 0 over the first two fifths of the run.
+        draw: for granularity `"unit"`: one decision for a candidate unit (`"unit"`), or one for each weight inside
+            it (`"weight"`, as the published code does).
+        keep_per_unit: for granularity `"weight"`: all but this many weights of each unit are candidates, at least 0
+            of them, whatever the unit's fan-in ("Xtreme" pruning); gamma is not used then.
 
     Differs from the paper: nothing is dropped in eval mode (the published code zeroes all candidates there),
-    and a dropped unit is dropped as a whole (the published code draws per weight inside the unit).
+    and a dropped unit is dropped as a whole (the published code draws per weight inside the unit: `draw="weight"`).
     No rescaling, as in the paper.
 
     Randomness: the attachment's own stream. Cost: at most two extra copies of the target weights for
-    `"weight"`, one for `"unit"`; the ranking and the mask take time once a step, whatever the batch.
+    `"weight"` (draw or granularity), one for `"unit"`; the ranking and the mask take time once a step, whatever
+    the batch.
 
-    Reference: Gomez et al. 2019, "Learning Sparse Networks Using Targeted Dropout", equations 3-4.
+    Reference: Gomez et al. 2019, "Learning Sparse Networks Using Targeted Dropout", equations 3-4; section 5.4
+        (ramp, Xtreme).
     """
 
     gamma: float = 0.75
     alpha: float = 0.66
     granularity: Literal["weight", "unit"] = "weight"
     ramp: bool = False
+    draw: Literal["unit", "weight"] = "unit"
+    keep_per_unit: int | None = None
     summary: ClassVar[str] = "drops the lowest-magnitude candidates at random"
     paper: ClassVar[str] = "Gomez et al. 2019"
     cost: ClassVar[str] = "a rank and a mask of the weights each step"
@@ -56,6 +64,13 @@ class TargetedDropout(WeightNoise):
                 raise UsageError(f"targeted_dropout: {name} is a share in [0, 1], got {getattr(self, name)}")
         if self.granularity not in ("weight", "unit"):
             raise UnknownNameError("targeted_dropout granularity", self.granularity, ["weight", "unit"])
+        if self.draw not in ("unit", "weight"):
+            raise UnknownNameError("targeted_dropout draw", self.draw, ["unit", "weight"])
+        if self.keep_per_unit is not None and (self.granularity != "weight" or self.keep_per_unit < 0):
+            raise UsageError(
+                "targeted_dropout: keep_per_unit is a number of weights, at least 0, for granularity weight; got "
+                f"{self.keep_per_unit} for granularity {self.granularity}"
+            )
 
     def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
         from secateur.regularizers.candidates import all_but_lowest
@@ -66,6 +81,8 @@ class TargetedDropout(WeightNoise):
         rows = target.rows(weight)
         if self.granularity == "weight":
             candidates = math.floor(gamma * target.fan_in + 1e-9)
+            if self.keep_per_unit is not None:
+                candidates = math.floor(by_gamma * max(0, target.fan_in - self.keep_per_unit) + 1e-9)
             if not candidates or not alpha:
                 return None
             kept = all_but_lowest(rows, candidates).logical_or_(stream.bernoulli(tuple(rows.shape), 1.0 - alpha))
@@ -75,5 +92,9 @@ class TargetedDropout(WeightNoise):
         if not candidates or not alpha:
             return None
         norms = rows.norm(dim=1).reshape(target.blocks, per_block)
-        kept = all_but_lowest(norms, candidates).logical_or_(stream.bernoulli(tuple(norms.shape), 1.0 - alpha))
+        safe = all_but_lowest(norms, candidates)
+        if self.draw == "weight":
+            kept = stream.bernoulli(tuple(rows.shape), 1.0 - alpha).logical_or_(safe.reshape(-1, 1))
+            return target.unrows(as_numbers(kept, weight.dtype))
+        kept = safe.logical_or_(stream.bernoulli(tuple(norms.shape), 1.0 - alpha))
         return target.spread(as_numbers(kept, weight.dtype).reshape(-1))

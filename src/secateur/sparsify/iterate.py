@@ -95,5 +95,4 @@ def next_units(
 
 def _below(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The scores, with what is gone below everything that is left."""
-    floor = min(float(s.min()) for s in scores.values()) - 1.0
-    return {n: s.masked_fill(~kept[n].to(s.device), floor) for n, s in scores.items()}
+    return {n: s.masked_fill(~kept[n].to(s.device), -math.inf) for n, s in scores.items()}

@@ -113,6 +113,7 @@ def rank(
     targets: Targets | None = None,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> Ranking:
     """Score the targets of `model` once.
 
@@ -121,7 +122,7 @@ def rank(
         granularity: what is removed together.
         rule: scope, allocation, rounding, ties.
         targets: default: every prunable weight.
-        batches, loss: data for criteria that need it, see `score_targets`.
+        batches, loss, learned: data and learned scores for criteria that need them, see `score_targets`.
     """
     rule = rule or SelectionRule()
     shape = parse_granularity(granularity)
@@ -130,7 +131,7 @@ def rank(
             f"granularity {shape} takes scope tensor and allocation uniform, got {rule.scope}, {rule.allocation}"
         )
     chosen = find_targets(model) if targets is None else targets
-    (scores,) = score_targets(model, chosen, [criterion], batches=batches, loss=loss, seed=rule.seed)
+    (scores,) = score_targets(model, chosen, [criterion], batches=batches, loss=loss, learned=learned, seed=rule.seed)
     return Ranking(
         targets=chosen,
         cells=cell_scores(criterion, shape, chosen, scores),
@@ -154,8 +155,12 @@ class UnitRanking:
     rule: SelectionRule
     model: nn.Module = field(repr=False)
 
-    def kept(self, sparsity: float) -> dict[str, Tensor]:
-        """Per group a bool tensor `[units]`, True = kept; exact counts, equal in every block of a group."""
+    def kept(self, sparsity: float | Mapping[str, float]) -> dict[str, Tensor]:
+        """Per group a bool tensor `[units]`, True = kept; exact counts, equal in every block of a group.
+
+        Args:
+            sparsity: fraction to remove, in [0, 1); or one for each group (not with scope `"global"`).
+        """
         orders = {g.name: _block_order(self.scores[g.name], g) for g in self.groups}
         cells = {
             g.name: self.scores[g.name].reshape(g.blocks, -1).gather(1, orders[g.name]).mean(0) for g in self.groups
@@ -168,7 +173,7 @@ class UnitRanking:
             for g in self.groups
         }
 
-    def masks(self, sparsity: float) -> Masks:
+    def masks(self, sparsity: float | Mapping[str, float]) -> Masks:
         """The masked self: masks of everything that a cut of `kept(sparsity)` removes."""
         return Masks(unit_masks(self.groups, self.kept(sparsity), self.model))
 
@@ -190,6 +195,7 @@ def rank_units(
     targets: Targets | None = None,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> UnitRanking:
     """Score the units of every group in `groups` that may be cut and whose layers are all in `targets`."""
     rule = rule or SelectionRule()
@@ -205,7 +211,9 @@ def rank_units(
             + (f"; blocked: {', '.join(blocked[:3])}" if blocked else "")
         )
     producers = Targets([t for t in chosen if any(n in g.producers for g in usable for n in (t.name, *t.aliases))])
-    (scores,) = score_targets(model, producers, [criterion], batches=batches, loss=loss, seed=rule.seed)
+    (scores,) = score_targets(
+        model, producers, [criterion], batches=batches, loss=loss, learned=learned, seed=rule.seed
+    )
     cells = cell_scores(criterion, Unit(), producers, scores)
     by_unit = {
         t.name: (c.abs() if criterion.absolute else c).detach().cpu().double()

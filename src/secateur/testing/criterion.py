@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-from typing import get_args
+from dataclasses import fields
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.granularity import Unit, Weight
 from secateur.core.targets import Targets, find_targets
-from secateur.criteria.base import Criterion, Need
+from secateur.criteria.base import Criterion, Evidence, Need
 from secateur.criteria.driver import cell_scores, gather_evidence, score_targets
 from secateur.testing.networks import batches, convolutional, dense
 from secateur.testing.snapshots import check_spec, generators, same_values, that, values
 
 __all__ = ["check_criterion"]
 
-_EVIDENCE = ("weight", "gradient", "norm_scale", "mean_abs", "variance", "zero_fraction", "activation_gradient")
+_EVIDENCE = tuple(f.name for f in fields(Evidence) if f.name not in ("target", "seed"))
 
 
-def check_criterion(criterion: Criterion, *, informed: bool = True) -> None:
+def check_criterion(criterion: Criterion, *, informed: bool | None = None) -> None:
     """Check everything the contract of a criterion promises.
 
     It is a frozen dataclass of plain values; declares its needs and reads no other evidence; returns finite scores
@@ -29,13 +30,15 @@ def check_criterion(criterion: Criterion, *, informed: bool = True) -> None:
 
     Args:
         criterion: the instance to check.
-        informed: it looks at the network, so a dead unit (weights, bias and gamma zero) must rank last. Pass False
-            for controls that do not, such as random scores.
+        informed: it looks at the network, so a dead unit (weights, bias and gamma zero) must rank last. False for
+            controls that do not, such as random scores. Default: what its class says.
 
     Raises: `AssertionError` for the first promise that is broken.
     """
     name = check_spec(criterion)
     that(isinstance(criterion.needs, frozenset), f"{name}: needs is {criterion.needs!r}, expected a frozenset")
+    beyond = criterion.wanted() - criterion.needs
+    that(not beyond, f"{name}: wanted() has {sorted(beyond)}, which needs does not name")
     unknown = criterion.needs - set(get_args(Need))
     that(not unknown, f"{name}: needs {sorted(unknown)}, which the driver does not know; known: {get_args(Need)}")
     shapes = set(criterion.granularities)
@@ -45,14 +48,23 @@ def check_criterion(criterion: Criterion, *, informed: bool = True) -> None:
         # Its head has no BatchNorm behind it.
         targets = find_targets(network, exclude=["head"] if "norm" in criterion.needs else [])
         _check_scores(name, criterion, network, targets)
-        if informed:
+        if criterion.informed if informed is None else informed:
             _check_dead_unit(name, criterion, network, targets)
+
+
+def _given(criterion: Criterion, network: nn.Module, targets: Targets) -> dict[str, Any]:
+    """Data, and magnitudes for what a regularizer would have learned."""
+    learned: dict[str, Tensor] = {n: p.detach().abs() for n, p in targets.tensors(network).items()}
+    if "weight" not in criterion.granularities:
+        learned = {t.name: t.rows(learned[t.name]).sum(1) for t in targets}
+    return {"batches": batches(network), "learned": learned}
 
 
 def _check_scores(name: str, criterion: Criterion, network: nn.Module, targets: Targets) -> None:
     before, untouched, shapes = values(network), generators(), set(criterion.granularities)
     try:
-        first, again = (score_targets(network, targets, [criterion], batches=batches(network))[0] for _ in range(2))
+        given = _given(criterion, network, targets)
+        first, again = (score_targets(network, targets, [criterion], **given)[0] for _ in range(2))
     except Exception as error:
         raise AssertionError(
             f"{name}: scoring {type(network).__name__} with the evidence it declares ({sorted(criterion.needs)}) "
@@ -82,7 +94,9 @@ def _check_scores(name: str, criterion: Criterion, network: nn.Module, targets: 
 
 
 def _check_evidence(name: str, criterion: Criterion, network: nn.Module, targets: Targets) -> None:
-    for key, evidence in gather_evidence(network, targets, criterion.needs, batches=batches(network)).items():
+    for key, evidence in gather_evidence(
+        network, targets, criterion.wanted(), **_given(criterion, network, targets)
+    ).items():
         given = {f: getattr(evidence, f) for f in _EVIDENCE if getattr(evidence, f) is not None}
         copies = {f: tensor.clone() for f, tensor in given.items()}
         criterion.score(evidence)
@@ -104,7 +118,7 @@ def _check_dead_unit(name: str, criterion: Criterion, network: nn.Module, target
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.weight[dead] = module.bias[dead] = 0.0
-    (scores,) = score_targets(network, targets, [criterion], batches=batches(network))
+    (scores,) = score_targets(network, targets, [criterion], **_given(criterion, network, targets))
     for key, cells in cell_scores(criterion, Unit(), targets, scores).items():
         cells = cells.abs() if criterion.absolute else cells
         that(

@@ -1,0 +1,244 @@
+"""Learned gates on units or weights, multiplied in inside the graph: what L0 and Smallify share."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.duration import Progress
+from secateur.core.masks import Masks
+from secateur.core.seeds import keyed_generator
+from secateur.core.targets import Target, Targets
+from secateur.errors import CheckpointError
+from secateur.regularizers.attachment import Attachment, Hook
+from secateur.regularizers.l0 import L0
+from secateur.regularizers.layers import layer_output, layers_of, only_input, per_unit, refuse_unsupported
+from secateur.regularizers.seeded import draw_seeds, seeded_uniform
+from secateur.regularizers.smallify import Smallify
+from secateur.regularizers.stream import NoiseStream
+
+__all__ = ["Gates", "HardConcreteGates", "SignGates", "hard_concrete", "keep_probability", "sign_statistics"]
+
+# The hard-concrete distribution of the paper: temperature, and the interval a gate is stretched to.
+_BETA, _LOW, _HIGH = 2.0 / 3.0, -0.1, 1.1
+_SHIFT = _BETA * math.log(-_LOW / _HIGH)
+_LIMIT = math.log(100.0)
+
+
+def keep_probability(log_alpha: Tensor) -> Tensor:
+    """Probability that a hard-concrete gate is not zero.
+
+    Examples:
+        >>> keep_probability(torch.tensor([-3.0, 0.0, 3.0]))
+        tensor([0.1976, 0.8318, 0.9900])
+    """
+    return torch.sigmoid(log_alpha - _SHIFT)
+
+
+def hard_concrete(log_alpha: Tensor, logistic: Tensor | None = None) -> Tensor:
+    """A hard-concrete gate in [0, 1].
+
+    Args:
+        log_alpha: location.
+        logistic: noise of the standard logistic distribution; None for the gate of evaluation.
+
+    Examples:
+        >>> hard_concrete(torch.tensor([-3.0, -2.0, 0.0, 3.0]))
+        tensor([0.0000, 0.0430, 0.5000, 1.0000])
+    """
+    s = torch.sigmoid(log_alpha if logistic is None else (logistic + log_alpha) / _BETA)
+    return (s * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+
+
+def sign_statistics(sign: Tensor, mean: Tensor, variance: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """One step of the moving mean and variance of a sign; the variance uses the mean before the step."""
+    new_variance = decay * variance + (1.0 - decay) * (sign - mean).square()
+    return decay * mean + (1.0 - decay) * sign, new_variance
+
+
+class Gates(Attachment):
+    """Multiplies every target's units (output and bias alike) or weights by gates with a learned parameter.
+
+    Unit gates multiply the layer's output. Weight gates need the layer computed from gated weights: a hook computes
+    it again, and the layer's own output is dropped (a compiler removes the unused computation).
+    """
+
+    leaf: ClassVar[str]
+
+    def __init__(self, spec: L0 | Smallify, model: nn.Module, targets: Targets | None, seed: int) -> None:
+        super().__init__(spec, model, targets, seed)
+        self._by_unit = spec.granularity == "unit"
+        try:
+            refuse_unsupported(type(spec).__name__, self.network, self.targets)
+        except BaseException:
+            self.remove()
+            raise
+        for target in self.targets:
+            weight = self.parameters[target.name]
+            shape = (target.units,) if self._by_unit else target.shape
+            initial = self.initial(shape, keyed_generator(seed, self.leaf, target.name))
+            self.learn(target.module, self.leaf, initial.to(weight.device, weight.dtype))
+        for target in self.targets:
+            for layer in layers_of(self.network, target):
+                # A recomputed output comes first, or it would undo what other hooks have made of the layer's own.
+                hook = Hook(self._unit_hook(target) if self._by_unit else self._weight_hook(target))
+                self._handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=not self._by_unit))
+
+    @abstractmethod
+    def initial(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """What the learned parameters of one target start from."""
+
+    @abstractmethod
+    def gate(self, target: Target, training: bool) -> Tensor:
+        """The gates of one target, in the graph."""
+
+    def parameter(self, target: Target) -> nn.Parameter:
+        """The learned parameter of one target."""
+        found: nn.Parameter = getattr(self.network.get_submodule(target.module), self.leaf)
+        return found
+
+    def _unit_hook(self, target: Target) -> Any:
+        def multiply(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            return output * per_unit(layer, self.gate(target, layer.training), output)
+
+        return multiply
+
+    def _weight_hook(self, target: Target) -> Any:
+        def compute(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            weight = layer.weight * self.gate(target, layer.training)
+            return layer_output(layer, only_input(args, kwargs), weight, layer.bias, output.shape)
+
+        return compute
+
+    @torch.no_grad()
+    def finalize(self) -> Masks:
+        """Multiply the gates into weights and biases and remove them; kept is what has a gate other than zero."""
+        masks: dict[str, Tensor] = {}
+        for target in self.targets:
+            gate, weight = self.gate(target, training=False), self.parameters[target.name]
+            if self._by_unit:
+                biases = {id(layer.bias): layer.bias for layer in layers_of(self.network, target)}
+                for bias in biases.values():
+                    if isinstance(bias, Tensor):
+                        bias.mul_(gate)
+                gate = target.spread(gate)
+            weight.mul_(gate)
+            masks[target.name] = (gate != 0).expand(target.shape).clone()
+        self.remove()
+        return Masks(masks)
+
+
+class HardConcreteGates(Gates):
+    """L0: gates that are exactly 0 or 1 with some probability, and whose expected number is penalized."""
+
+    leaf = "l0_log_alpha"
+
+    def __init__(self, spec: L0, model: nn.Module, targets: Targets | None, seed: int) -> None:
+        self._l0 = spec
+        self._logistic: dict[str, Tensor] = {}
+        super().__init__(spec, model, targets, seed)
+        self._device = self.stream.device
+        # It draws seeds, whatever device the noise is for.
+        self.stream = NoiseStream(seed)
+
+    def initial(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        drop = self._l0.drop_rate_init
+        start = torch.empty(shape).normal_(math.log((1.0 - drop) / drop), 0.01, generator=generator)
+        return start.clamp_(-_LIMIT, _LIMIT)
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for target, seed in zip(self.targets, draw_seeds(self.stream, len(self.targets)), strict=True):
+            log_alpha = self.parameter(target)
+            uniform = seeded_uniform(tuple(log_alpha.shape), seed, self._device)
+            self._logistic[target.name] = torch.logit(uniform, eps=1e-6).to(log_alpha.dtype)
+
+    def end(self) -> None:
+        self._logistic.clear()
+
+    def gate(self, target: Target, training: bool) -> Tensor:
+        # Without noise it is a pass without gradients.
+        noisy = (training or self.is_sampling) and target.name in self._logistic
+        return hard_concrete(self.parameter(target), self._logistic[target.name] if noisy else None)
+
+    def penalty(self) -> Tensor | float:
+        if not self._l0.factor:
+            return 0.0
+        expected = [
+            keep_probability(self.parameter(t)).sum() * (t.fan_in if self._by_unit else 1) for t in self.targets
+        ]
+        return self._l0.factor * torch.stack(expected).sum()
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        super().after_step(progress)
+        for target in self.targets:
+            self.parameter(target).clamp_(-_LIMIT, _LIMIT)
+
+    def scores(self) -> dict[str, Tensor]:
+        return {t.name: keep_probability(self.parameter(t).detach()) for t in self.targets}
+
+
+class SignGates(Gates):
+    """Smallify: gates under an L1 penalty that are zero for good once their sign has begun to change."""
+
+    leaf = "smallify_gate"
+
+    def __init__(self, spec: Smallify, model: nn.Module, targets: Targets | None, seed: int) -> None:
+        self._smallify = spec
+        super().__init__(spec, model, targets, seed)
+        gates = {t.name: self.parameter(t).detach() for t in self.targets}
+        self._mean = {name: gate.sign() for name, gate in gates.items()}
+        self._variance = {name: torch.zeros_like(gate) for name, gate in gates.items()}
+        self._killed = {name: torch.zeros_like(gate, dtype=torch.bool) for name, gate in gates.items()}
+
+    def initial(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return 1.0 - torch.rand(shape, generator=generator)
+
+    def gate(self, target: Target, training: bool) -> Tensor:
+        return self.parameter(target)
+
+    def penalty(self) -> Tensor | float:
+        if not self._smallify.factor:
+            return 0.0
+        return self._smallify.factor * torch.stack([self.parameter(t).abs().sum() for t in self.targets]).sum()
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        super().after_step(progress)
+        spec = self._smallify
+        for target in self.targets:
+            name, gate = target.name, self.parameter(target)
+            self._mean[name], self._variance[name] = sign_statistics(
+                gate.sign(), self._mean[name], self._variance[name], spec.decay
+            )
+            self._killed[name] |= self._variance[name] > spec.threshold
+            # Every step, because momentum goes on moving what is killed.
+            gate.masked_fill_(self._killed[name], 0.0)
+
+    def scores(self) -> dict[str, Tensor]:
+        found = {}
+        for target in self.targets:
+            gate = self.parameter(target).detach().abs()
+            found[target.name] = gate if self._by_unit else gate * self.parameters[target.name].detach().abs()
+        return found
+
+    def _statistics(self) -> dict[str, Tensor]:
+        kinds = {"mean": self._mean, "variance": self._variance, "killed": self._killed}
+        return {f"{kind}/{name}": tensor for kind, by_name in kinds.items() for name, tensor in by_name.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), **{key: tensor.clone() for key, tensor in self._statistics().items()}}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        for key, tensor in self._statistics().items():
+            if state[key].shape != tensor.shape:
+                raise CheckpointError(
+                    f"Smallify: saved {key} has shape {list(state[key].shape)}, expected {list(tensor.shape)}"
+                )
+            tensor.copy_(state[key])

@@ -1,0 +1,61 @@
+"""Put benchmark results into `benchmarks/README.md`: `python tools/keep_benchmarks.py SCRIPT=RESULT.json ...`.
+
+Several results of one script (one a case) are joined into one table. Every script's table is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).resolve().parent.parent / "benchmarks" / "README.md"
+HEAD = "| case | variant | ms | ratio | 95 % | goal | |\n|---|---|---:|---:|---|---|---|"
+
+
+def table(script: str, results: list[dict[str, Any]]) -> str:
+    """One script's section: its title, and a line for every row."""
+    rounds = sorted({str(result["rounds"]) for result in results})
+    lines = [f"### `{script}`: {results[0]['title']} ({', '.join(rounds)} rounds)", "", HEAD]
+    return "\n".join([*lines, *(_line(row) for result in results for row in result["rows"])]) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    varies = row["low"] != row["high"]
+    interval = f"{row['low']:.3f}..{row['high']:.3f}" if varies else ""
+    goal = "" if row["goal"] is None else f"{'>=' if row['at_least'] else '<='} {row['goal']:g}"
+    verdict = {None: "", True: "met", False: "**missed**"}[row["met"]]
+    said = "; ".join(part for part in (verdict, row["note"]) if part)
+    cells = (row["case"], row["name"], f"{row['milliseconds']:.2f}", f"{row['ratio']:.3f}", interval, goal, said)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def main(pairs: list[str]) -> None:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for pair in pairs:
+        script, _, file = pair.partition("=")
+        found.setdefault(script, []).append(json.loads(Path(file).read_text()))
+    text = README.read_text()
+    facts = next(iter(found.values()))[0]["machine"]
+    text = re.sub(
+        r"(## Measured\n\n).*?(\n\n)",
+        lambda m: (
+            m[1]
+            + f"CPU {facts['cpu']} ({facts['simd']} kernels, {facts['cores']} cores shared with other work), Python "
+            + f"{facts['python']}, torch {facts['torch']}, NumPy {facts['numpy']}; CPU only."
+            + m[2]
+        ),
+        text,
+        count=1,
+        flags=re.DOTALL,
+    )
+    for script, results in found.items():
+        section = re.compile(rf"### `{re.escape(script)}`.*?(?=\n### |\n## )", re.DOTALL)
+        text = section.sub(table(script, results).replace("\\", r"\\"), text, count=1)
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
