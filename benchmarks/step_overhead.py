@@ -17,12 +17,24 @@ import torch
 from _paired import Row, parser, ratios, report, steady, timed_rounds
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torchvision.models import VisionTransformer
 
 from secateur.core.duration import Progress
+from secateur.core.targets import find_targets
 from secateur.lab.models import build_model
+from secateur.regularizers.base import Regularizer
 from secateur.regularizers.ddrop import DDrop
 from secateur.regularizers.dropout import Dropout
+from secateur.regularizers.l0 import L0
+from secateur.regularizers.l1 import L1
+from secateur.regularizers.mask_pool import MaskPoolDropout
+from secateur.regularizers.pgmpf import PGMPF
+from secateur.regularizers.smallify import Smallify
+from secateur.regularizers.soft_filter_pruning import SoftFilterPruning
 from secateur.regularizers.targeted_dropout import TargetedDropout
+from secateur.regularizers.variational_dropout import VariationalDropout
+
+Method = Regularizer | Callable[[nn.Module], None]
 
 GAMMA, ALPHA = 0.75, 0.66
 PLAIN = "plain step"
@@ -37,6 +49,7 @@ class Case:
     batch: Tensor
     steps: int
     goals: dict[str, float]
+    leave_out: tuple[str, ...] = ()
 
 
 class SortedTargetedDropout(nn.Module):
@@ -85,7 +98,7 @@ def naive_ddrop(model: nn.Module) -> None:
             module.register_forward_hook(drop)
 
 
-def ours() -> dict[str, object]:
+def ours() -> dict[str, Regularizer]:
     return {
         "targeted dropout, weight": TargetedDropout(GAMMA, ALPHA),
         "targeted dropout, unit": TargetedDropout(GAMMA, ALPHA, granularity="unit"),
@@ -93,6 +106,14 @@ def ours() -> dict[str, object]:
         "dropout, unit": Dropout(0.5, granularity="unit"),
         "ddrop": DDrop(l1=0.0),
         "ddrop with L1": DDrop(),
+        "mask pool": MaskPoolDropout(),
+        "l1": L1(),
+        "soft filter pruning": SoftFilterPruning(),
+        "pgmpf": PGMPF(),
+        "l0, unit": L0(),
+        "smallify, unit": Smallify(),
+        "l0, weight": L0(granularity="weight"),
+        "variational dropout": VariationalDropout(),
     }
 
 
@@ -109,24 +130,36 @@ def cases() -> list[Case]:
     for parameter in (m.weight for m in resnet.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.normal_(parameter)  # equal scales would be one large tie
     mlp = build_model("mlp", num_classes=10, in_shape=(1, 28, 28), kwargs={"hidden": [512, 512]})
-    conv = dict.fromkeys(
-        ["targeted dropout, weight", "targeted dropout, unit", "dropout, weight", "dropout, unit", "ddrop"], 1.02
+    free = ("targeted dropout, weight", "targeted dropout, unit", "dropout, weight", "dropout, unit", "ddrop")
+    goals = {
+        **dict.fromkeys((*free, "mask pool", "l1", "soft filter pruning", "pgmpf"), 1.02),
+        **dict.fromkeys(("l0, unit", "smallify, unit"), 1.03),
+        "l0, weight": 1.06,
+        "variational dropout": 2.2,
+    }
+    vit = VisionTransformer(
+        image_size=32, patch_size=4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10
     )
     return [
-        Case("ResNet-20 b128 32x32", resnet, torch.randn(128, 3, 32, 32), 1, conv),
+        Case("ResNet-20 b128 32x32", resnet, torch.randn(128, 3, 32, 32), 1, goals),
+        # Gates and units of attention are refused by some methods, so all act on the other layers here.
+        Case("ViT 192x6 b64 32x32", vit, torch.randn(64, 3, 32, 32), 1, goals, ("*attention*",)),
         Case("MLP 784-512-512-10 b128", mlp, torch.randn(128, 1, 28, 28), 20, {"targeted dropout, weight": 1.45}),
     ]
 
 
-def stepper(case: Case, method: object | None, compiled: bool) -> Callable[[], None]:
+def stepper(case: Case, method: Method | None, compiled: bool) -> Callable[[], None]:
     """A run of `case.steps` training steps on a private copy of the network."""
     model = copy.deepcopy(case.model).train()
-    if callable(method):
+    forward = torch.compile(model) if compiled else model
+    attached = None
+    if isinstance(method, Regularizer):
+        targets = find_targets(model, exclude=case.leave_out, kind=method.acts_on)
+        attached = method.attach(forward, targets, seed=0)
+    elif method is not None:
         method(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     labels = torch.arange(len(case.batch)) % 10
-    forward = torch.compile(model) if compiled else model
-    attached = method.attach(forward, seed=0) if method is not None and not callable(method) else None
 
     def run() -> None:
         for step in range(case.steps):
@@ -142,10 +175,11 @@ def stepper(case: Case, method: object | None, compiled: bool) -> Callable[[], N
     return run
 
 
-def measure(case: Case, rounds: int, compiled: bool) -> list[Row]:
-    methods: dict[str, object | None] = {PLAIN: None, **ours(), **naive()}
+def measure(case: Case, rounds: int, compiled: bool, only: str = "") -> list[Row]:
+    methods: dict[str, Method | None] = {PLAIN: None, **ours(), **naive()}
     if not any(isinstance(m, nn.BatchNorm2d) for m in case.model.modules()):
         methods = {name: m for name, m in methods.items() if "ddrop" not in name}
+    methods = {name: m for name, m in methods.items() if only in name or name == PLAIN}
     runs = {name: stepper(case, method, compiled) for name, method in methods.items()}
     times = timed_rounds(runs, rounds, warm=2)
     return [
@@ -158,9 +192,11 @@ def main() -> None:
     flags = parser(__doc__, rounds=15)
     flags.add_argument("--compiled", action="store_true", help="everything under torch.compile, plain step included")
     flags.add_argument("--case", default="", help="only cases whose name contains this")
+    flags.add_argument("--method", default="", help="only methods whose name contains this")
     asked = flags.parse_args()
     steady()
-    rows = [row for case in cases() if asked.case in case.name for row in measure(case, asked.rounds, asked.compiled)]
+    chosen = [case for case in cases() if asked.case in case.name]
+    rows = [row for case in chosen for row in measure(case, asked.rounds, asked.compiled, asked.method)]
     title = f"Training step, ratio to the plain step{' (both compiled)' if asked.compiled else ''}"
     report(title, rows, asked.rounds, asked.json)
 

@@ -21,10 +21,17 @@ from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import Regularizer, WeightNoise
 from secateur.regularizers.ddrop import DDrop
 from secateur.regularizers.dropout import Dropout
+from secateur.regularizers.gradual_pruning import GradualPruning
+from secateur.regularizers.l0 import L0
+from secateur.regularizers.mask_pool import MaskPoolDropout
 from secateur.regularizers.none import NoRegularizer
+from secateur.regularizers.smallify import Smallify
+from secateur.regularizers.soft_filter_pruning import SoftFilterPruning
 from secateur.regularizers.targeted_dropout import TargetedDropout
 from secateur.regularizers.weight_swap import WeightSwap
 from secateur.testing import check_criterion, check_regularizer
+from secateur.testing.networks import trainable
+from secateur.testing.snapshots import same_structure, structure
 
 
 @pytest.mark.parametrize("name", CRITERIA.names())
@@ -46,6 +53,14 @@ def test_registered_regularizers_keep_the_contract(name):
         Dropout(drop_rate=0.3, granularity="unit"),
         DDrop(keep_min=0.2, schedule="linear", per_sample=False, rescale=True),
         DDrop(keep_min=0.2, schedule="cosine", l1=0.0),
+        DDrop(keep_min=0.2, scores="weight_norm", l1=0.0),
+        TargetedDropout(granularity="unit", draw="weight"),
+        TargetedDropout(keep_per_unit=3),
+        GradualPruning(granularity="unit", end=1.0, updates=4),
+        SoftFilterPruning(schedule="exponential"),
+        MaskPoolDropout(pool=None),
+        L0(granularity="weight"),
+        Smallify(granularity="weight"),
     ],
     ids=str,
 )
@@ -404,6 +419,19 @@ def test_a_regularizer_that_breaks_the_graph_is_told_so():
         check_regularizer(_BreaksTheGraph())
 
 
+@dataclass(frozen=True)
+class _SilentlyCompiledAway(InputNoise):
+    def attach(self, model, targets=None, *, seed=0):
+        attachment = super().attach(model, targets, seed=seed)
+        attachment._inside.clear()
+        return attachment
+
+
+def test_a_regularizer_whose_hooks_a_compiled_model_ignores_is_told_so():
+    with pytest.raises(AssertionError, match="ran before, it neither acts fully nor raises"):
+        check_regularizer(_SilentlyCompiledAway())
+
+
 class _NoClosure(WeightSwap):
     def _then_end(self, closure):
         return closure
@@ -496,6 +524,56 @@ def test_unknown_names_list_the_nearest():
 def test_impossible_settings_are_refused_at_once(make):
     with pytest.raises(UsageError):
         make()
+
+
+@pytest.mark.parametrize("name", REGULARIZERS.names())
+@pytest.mark.parametrize("halfway", [False, True])
+def test_an_attachment_that_is_refused_leaves_no_trace(name, halfway, monkeypatch):
+    spec, network = REGULARIZERS.load(name)(), trainable()
+    before = structure(network)
+    with spec.attach(network) as attachment:
+        kind, learn = type(attachment), Attachment.learn
+
+    class Refused(kind):
+        def __init__(self, *args):
+            super().__init__(*args)
+            raise UsageError("refused")
+
+    def learn_once(self, *args):
+        if self.learned:
+            raise UsageError("refused")
+        return learn(self, *args)
+
+    if halfway:
+        monkeypatch.setattr(Attachment, "learn", learn_once)
+    with pytest.raises(UsageError, match="refused"):
+        Refused(spec, network, None, 0)
+    same_structure(name, before, structure(network))
+    monkeypatch.undo()
+    # Nor does anything else stay behind that the next one could trip over.
+    spec.attach(network).remove()
+    same_structure(name, before, structure(network))
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm = torch.nn.MultiheadAttention(4, 2), torch.nn.BatchNorm1d(4)
+        self.wide = torch.nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("name", REGULARIZERS.names())
+def test_targets_that_a_method_refuses_keep_nothing_of_it(name):
+    spec, network = REGULARIZERS.load(name)(), _Attention().train()
+    before, refused = structure(network), []
+    for targets in (find_targets(network), find_targets(network, kind="norm")):
+        try:
+            spec.attach(network, targets).remove()
+        except UsageError:
+            refused.append(targets.names)
+        same_structure(f"{name}: {targets}", before, structure(network))
+    only_some = {"ddrop", "ddrop_scale", "network_slimming", "mask_pool", "l0", "variational_dropout", "smallify"}
+    assert bool(refused) == (name in only_some), refused
 
 
 def test_attachment_errors():

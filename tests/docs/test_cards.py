@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from docs_pages import CARDS, DOCS, ROOT, check_command, check_yaml, commands, headings, namespace, run_python, section
+from docs_pages import CARDS, DOCS, ROOT, blocks, check_command, commands, headings, namespace, run_python, section
 
 from secateur.criteria import CRITERIA
 from secateur.errors import UnknownNameError, UsageError
 from secateur.lab.cards import argument_notes, header_table, method_rows, parameter_table, refresh, refresh_docs
-from secateur.lab.recipe_file import load_recipe
+from secateur.lab.recipe_file import load_recipe, shipped_recipes
 from secateur.regularizers import REGULARIZERS
 
 HEADINGS = [
@@ -57,11 +57,32 @@ def test_tables_are_what_the_code_generates(card: Path) -> None:
 def test_blocks_run(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_python(card, namespace()) == 1
-    assert check_yaml(card) == [f"{card.stem}.yaml"]
     lines = commands(card)
-    assert lines
+    assert ["run", card.stem] in [words[:2] for words in lines]
     for words in lines:
         check_command(words)
+
+
+@by_card
+def test_the_recipe_shown_is_the_one_that_ships(card: Path) -> None:
+    (shown,) = blocks(card, "yaml")
+    text = shipped_recipes()[card.stem].read_text(encoding="utf-8")
+    assert shown.text == text
+    assert text.startswith("# ")
+    assert "?" in text.partition("\nname: ")[0]
+    recipe = load_recipe(card.stem)
+    assert recipe.description
+    assert recipe.train.duration == "10ep"
+
+
+@by_card
+def test_the_recipe_has_a_control(card: Path) -> None:
+    recipe = load_recipe(card.stem)
+    if card.stem in REGULARIZERS.builtin:
+        assert "none" in {method.regularizer["name"] for method in recipe.methods}
+    else:
+        criteria = [*(spec.criterion for spec in recipe.prune), *(m.criterion for m in recipe.methods if m.criterion)]
+        assert {"magnitude", "random"} & ({criterion["name"] for criterion in criteria} - {card.stem})
 
 
 @pytest.mark.slow
@@ -71,16 +92,18 @@ def test_the_recipe_runs(card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     from secateur.lab.run import run_recipe
 
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(check_yaml(card)[0], ["train.duration=1ep", "data.subset=200", "seeds=[0]"])
+    recipe = load_recipe(card.stem, ["train.duration=1ep", "data.subset=200", "seeds=[0]"])
     rows = run_recipe(recipe, Options(out=tmp_path / "runs", device="cpu"))["rows"]
-    assert len(rows) == len(recipe.methods) * sum(len(spec.sparsities) for spec in recipe.prune)
+    assert len(rows) == sum(len(spec.sparsities) for method in recipe.methods for _, spec in recipe.ways(method))
     for row in rows:
         assert row["sparsity_got"] == pytest.approx(row["sparsity_asked"], abs=0.01)
 
 
 @by_card
 def test_the_recipe_uses_the_method(card: Path) -> None:
-    assert re.search(rf"\b{card.stem}\b", section(card, "Use").partition("```yaml")[2].partition("name:")[2])
+    recipe = load_recipe(card.stem)
+    plugins = [p for m in recipe.methods for p in (m.regularizer, m.criterion) if p is not None]
+    assert card.stem in {plugin["name"] for plugin in [*plugins, *(spec.criterion for spec in recipe.prune)]}
 
 
 @by_card

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from secateur.errors import RecipeError
+from secateur.core.seeds import keyed_generator
+from secateur.errors import RecipeError, UsageError
 from secateur.lab.checkpoint import load_tensors
 from secateur.lab.context import Context, Options
 from secateur.lab.listener import Interrupted, Listener
+from secateur.lab.loop import _shuffled
 from secateur.lab.recipe_file import load_recipe
 from secateur.lab.run import plan_run, run_recipe
 from secateur.lab.stages import train_stage
+from secateur.regularizers.gradual_pruning import GradualPruning
 
 RECIPE = """\
 name: loop
@@ -221,10 +225,100 @@ def test_a_method_may_rank_by_its_own_criterion(tmp_path):
         ("{until: 0.2}", "give fraction too"),
         ("{score_at: init, fraction: 0.2}", "prunes before training"),
         ("{small: true}", "takes score_at init and restart reinitialize"),
-        ("{fraction: 0.2, rescore: 5}", "takes no fraction"),
+        ("{fraction: 0.2, rescore: 5}", "take no fraction"),
+        ("{fraction: 0.2, shuffle_masks: true}", "take no fraction"),
+        ("{restart: 1ep, train: {duration: 1ep}}", "takes no train of its own"),
         ("{rescore: 5}", "needs granularity weight"),
     ],
 )
 def test_loops_that_make_no_sense_are_refused(tmp_path, loop, words):
     with pytest.raises(RecipeError, match=words):
         _recipe(tmp_path, loop)
+
+
+@pytest.mark.parametrize(
+    ("loop", "prune", "words"),
+    [
+        ("{fraction: 0.2}", "{granularity: weight, scope: column}", "rounds count over tensors"),
+        ("{fraction: 0.2}", "{granularity: weight, allocation: erk}", "allocation uniform"),
+        ("{fraction: 0.2}", "{granularity: weight, min_keep: 0}", "min_keep 1 or more"),
+        ("{}", '{granularity: "2:4", sparsities: [0.5]}', "granularity weight or unit"),
+        ("{}", "{granularity: weight, criterion: learned}", "needs a regularizer that learns"),
+    ],
+)
+def test_prune_entries_that_a_loop_cannot_follow_are_refused(tmp_path, loop, prune, words):
+    with pytest.raises(RecipeError, match=f'method "again": .*{words}'):
+        _recipe(tmp_path, loop, prune)
+
+
+@pytest.mark.parametrize("restart", ["0ep", "2ep", "9ep"])
+def test_a_step_to_rewind_to_lies_within_the_training(tmp_path, restart):
+    with pytest.raises(UsageError, match="expected a step between the first and the last"):
+        _run(tmp_path, f"{{restart: {restart}}}", WEIGHTS)
+    assert not list((tmp_path / "runs" / "stages").glob("train-*/result.json"))
+
+
+@pytest.mark.parametrize("change", ["patience: 2", "keep: best"])
+def test_the_test_set_chooses_nothing(tmp_path, change):
+    path = tmp_path / "open.yaml"
+    text = RECIPE.format(loop="{restart: trained}", prune=WEIGHTS, duration="2ep", lr=0.1)
+    path.write_text(text.replace(", validation: 0.2", "").replace("  batch_size", f"  {change}\n  batch_size"))
+    with pytest.raises(UsageError, match="chooses by held-out images"):
+        run_recipe(load_recipe(path), _options(tmp_path))
+
+
+def test_schedules_go_on_where_the_network_was_rewound_to(tmp_path):
+    seen = []
+    plain = GradualPruning.sparsity_at
+
+    def watched(self, t):
+        seen.append(round(t, 6))
+        return plain(self, t)
+
+    path = tmp_path / "rewound.yaml"
+    text = RECIPE.format(loop="{restart: 1ep}", prune=WEIGHTS, duration="3ep", lr=0.1)
+    path.write_text(text.replace("regularizer: none", "regularizer: {name: gradual_pruning, sparsity: 0.3}"))
+    with mock.patch.object(GradualPruning, "sparsity_at", watched):
+        run_recipe(load_recipe(path), _options(tmp_path))
+    steps = len(set(seen))
+    assert seen == [round((i + 1) / steps, 6) for i in (*range(steps), *range(steps // 3, steps))]
+
+
+def test_fine_tuning_may_have_a_training_of_its_own(tmp_path):
+    _run(tmp_path, "{restart: trained, train: {duration: 3it, batch_size: 32}}", WEIGHTS)
+    (stage,) = (tmp_path / "runs" / "stages").glob("again-*/result.json")
+    assert json.loads(stage.read_text())["steps"] == 3
+
+
+def test_units_in_blocks_are_shuffled_inside_them():
+    kept = torch.tensor([True, True, False, False, False, False, True, True])
+    shuffled = [_shuffled(kept, 2, keyed_generator(seed, "x")) for seed in range(20)]
+    assert all(s.reshape(2, -1).sum(1).tolist() == [2, 2] for s in shuffled)
+    assert len({tuple(s.tolist()) for s in shuffled}) > 5
+
+
+def test_a_sparsity_below_one_cell_is_the_network_itself(tmp_path):
+    prune = "{granularity: unit, criterion: magnitude, sparsities: [0.05, 0.5]}"
+    _, result = _run(tmp_path, "{restart: init}", prune)
+    assert result["rows"][0]["top1"] == result["trainings"][0]["top1"]
+    assert result["rows"][0]["sparsity_got"] == 0.0
+
+
+def test_re_estimating_statistics_for_a_row_leaves_the_next_round_alone(tmp_path):
+    path = tmp_path / "recalibrated.yaml"
+    prune = "{granularity: weight, criterion: saliency, sparsities: [0.0, 0.5], recalibrate: true}"
+    text = RECIPE.format(loop="{restart: trained}", prune=prune, duration="2ep", lr=0.1)
+    path.write_text(
+        text.replace("{name: mlp, kwargs: {hidden: [10, 10]}}", "{name: digits_cnn, kwargs: {widths: [4, 4, 4]}}")
+    )
+    recipe = load_recipe(path)
+    whole = run_recipe(recipe, _options(tmp_path))
+    stages = tmp_path / "runs" / "stages"
+    rows = {p: json.loads(p.read_text())["sparsity_asked"] for p in stages.glob("row-*/result.json")}
+    for path in [*stages.glob("loop-*/result.json"), *stages.glob("again-*/result.json")]:
+        path.unlink()
+    for path, sparsity in rows.items():
+        if sparsity:
+            path.unlink()
+    again = run_recipe(recipe, _options(tmp_path))
+    assert [row["top1"] for row in again["rows"]] == [row["top1"] for row in whole["rows"]]

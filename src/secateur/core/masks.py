@@ -180,6 +180,13 @@ class Hold:
                 )
             parameter.masked_fill_(gone, 0.0)
 
+    @torch.no_grad()
+    def zero_gradients_(self) -> None:
+        """Zero the gradients of masked weights, so that they do not count where all gradients are clipped together."""
+        for parameter, gone in self._resolved.values():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(gone, 0.0)
+
     def _zero_ema(self) -> None:
         if self._ema is not None:
             self.masks.apply_(getattr(self._ema, "module", self._ema))

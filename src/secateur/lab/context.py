@@ -116,6 +116,22 @@ class Context:
         if got != [len(images), classes]:
             raise UsageError(f'model "{name}": got outputs {got}, expected {[len(images), classes]} (images, classes)')
         self._check_targets(model)
+        self._check_held_out()
+
+    def _check_held_out(self) -> None:
+        """What is chosen by held-out data must not be chosen by the test set."""
+        recipe = self.recipe
+        trainings = [recipe.train, *(m.loop.train for m in recipe.methods if m.loop is not None and m.loop.train)]
+        if recipe.final is not None and recipe.final.fine_tune is not None:
+            trainings.append(recipe.final.fine_tune)
+        chosen = ["train.patience" for spec in trainings if spec.patience is not None]
+        chosen += ["train.keep" for spec in trainings if spec.keep == "best"]
+        chosen += ["loop.kappa" for m in recipe.methods if m.loop is not None and m.loop.kappa is not None]
+        if chosen and not len(self.data.validation_labels):
+            raise UsageError(
+                f"{chosen[0]} chooses by held-out images, and the recipe holds none out: that would be the test set; "
+                "set data.validation (0.1)"
+            )
 
     def _check_targets(self, model: nn.Module) -> None:
         """Every layer pattern matches, and every granularity divides its layers: said before training."""

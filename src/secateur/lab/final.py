@@ -21,10 +21,10 @@ from secateur.lab.context import Context
 from secateur.lab.plugins import make_regularizer
 from secateur.lab.recipe import FinalSpec, MethodSpec
 from secateur.lab.rows import recalibrate_
-from secateur.lab.stages import latency_json, learned_scores, train_stage, trained_model
+from secateur.lab.stages import code_hashes, latency_json, learned_scores, train_stage, trained_model
 from secateur.lab.store import Stage
 from secateur.lab.train import train
-from secateur.lab.ways import unit_ranking, way_of
+from secateur.lab.ways import unit_ranking
 from secateur.surgery.file import load_pruned, save_pruned
 from secateur.surgery.plan import Plan, align, make_plan
 from secateur.surgery.verify import cut_verified_, max_difference
@@ -56,8 +56,9 @@ def choose_method(context: Context, spec: FinalSpec, rows: list[dict[str, Any]])
 
 def final_stage(context: Context, method: MethodSpec, seed: int, spec: FinalSpec) -> Stage:
     settings = spec.model_dump(mode="json", exclude={"method"})
-    way = way_of(method, context.recipe.prune[spec.prune])
+    way = method.way(context.recipe.prune[spec.prune])
     settings["prune"] = way.model_dump(mode="json", exclude={"sparsities", "latency", "label"})
+    settings["code"] = code_hashes(context, way.criterion["name"])
     return context.store.stage("final", {"train": train_stage(context, method, seed).key, **settings})
 
 
@@ -117,7 +118,7 @@ def _deliver(context: Context, method: MethodSpec, seed: int, spec: FinalSpec, f
 
 def _plan(context: Context, method: MethodSpec, model: nn.Module, seed: int, spec: FinalSpec) -> tuple[Plan, float]:
     """What to cut, rounded up to whole multiples of `align`; and the sparsity of units that leaves."""
-    way = way_of(method, context.recipe.prune[spec.prune])
+    way = method.way(context.recipe.prune[spec.prune])
     ranking = unit_ranking(context, model, seed, way, learned_scores(context, method, seed))
     kept: dict[str, Tensor] = {}
     for name, keep in ranking.kept(spec.sparsity).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,13 @@ from secateur.core.groups import Groups, unit_masks
 from secateur.core.masks import Masks
 from secateur.core.seeds import keyed_generator, keyed_seed
 from secateur.core.targets import find_targets
-from secateur.errors import NoEffectError
 from secateur.lab.checkpoint import fitting, load_tensors, save_tensors
 from secateur.lab.context import Context
 from secateur.lab.recipe import LoopSpec, MethodSpec, PruneSpec
 from secateur.lab.rows import small_row, unit_row, weight_row
 from secateur.lab.stages import code_hashes, learned_scores, rewind_step, train_stage, train_under, trained_model
 from secateur.lab.store import Stage
-from secateur.lab.ways import masks_in_rounds, unit_ranking, way_of, weight_ranking
+from secateur.lab.ways import masks_in_rounds, unit_ranking, weight_ranking
 from secateur.sparsify.iterate import next_masks, next_units
 from secateur.surgery.cut import cut_
 from secateur.surgery.plan import make_plan
@@ -53,7 +53,7 @@ class _State:
 def loop_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> Stage:
     """The rows of one loop."""
     assert method.loop is not None
-    way = way_of(method, spec)
+    way = method.way(spec)
     return context.store.stage(
         "loop",
         {
@@ -77,7 +77,7 @@ def run_loop(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -
 
 def _rows(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> list[dict[str, Any]]:
     assert method.loop is not None
-    arm = _Arm(context, method, method.loop, seed, way_of(method, spec))
+    arm = _Arm(context, method, method.loop, seed, method.way(spec))
     dense = _State(
         trained_model(context, method, seed),
         None,
@@ -91,7 +91,9 @@ def _rows(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> l
 def _each(arm: _Arm, dense: _State) -> Iterator[dict[str, Any]]:
     for sparsity in arm.way.sparsities:
         arm.context.listener.check_stop()
-        yield _result(arm, _again(arm, dense, sparsity, 1), sparsity) if sparsity else _result(arm, dense, 0.0)
+        again = _again(arm, dense, sparsity, 1) if sparsity else None
+        # A sparsity below one cell removes nothing: there is nothing to train again for.
+        yield _result(arm, again or dense, sparsity)
 
 
 def _rounds(arm: _Arm, dense: _State) -> Iterator[dict[str, Any]]:
@@ -109,7 +111,7 @@ def _rounds(arm: _Arm, dense: _State) -> Iterator[dict[str, Any]]:
             return
         number += 1
         following = _again(arm, state, None, number)
-        if _same(following.kept, state.kept):
+        if following is None:
             return
         state = following
 
@@ -117,10 +119,6 @@ def _rounds(arm: _Arm, dense: _State) -> Iterator[dict[str, Any]]:
 def _below(row: Mapping[str, Any], first: Mapping[str, Any], kappa: float) -> bool:
     measure = "top1" if row["validation_top1"] is None else "validation_top1"
     return bool(row[measure] < kappa * first[measure])
-
-
-def _same(a: Mapping[str, Tensor] | None, b: Mapping[str, Tensor] | None) -> bool:
-    return a is not None and b is not None and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def _open(arm: _Arm, kind: str, spec: Mapping[str, Any]) -> Stage:
@@ -155,7 +153,8 @@ def _row(arm: _Arm, state: _State, sparsity: float) -> dict[str, Any]:
         masks = Masks({n: torch.ones_like(p, dtype=torch.bool) for n, p in targets.items()})
     else:
         masks = Masks(state.kept)
-    return weight_row(arm.context, state.model, masks, cost, arm.way, sparsity)
+    # A copy, because a row may re-estimate statistics, and the next round must not depend on whether it did.
+    return weight_row(arm.context, copy.deepcopy(state.model), masks, cost, arm.way, sparsity)
 
 
 def _groups(arm: _Arm) -> Groups:
@@ -164,8 +163,8 @@ def _groups(arm: _Arm) -> Groups:
     return unit_ranking(arm.context, arm.context.model(arm.seed), arm.seed, by_size).groups
 
 
-def _again(arm: _Arm, state: _State, sparsity: float | None, number: int) -> _State:
-    """Prune `state`, to a sparsity or by one more round, restart, and train under the masks."""
+def _again(arm: _Arm, state: _State, sparsity: float | None, number: int) -> _State | None:
+    """Prune `state`, to a sparsity or by one more round, restart, and train under the masks; None if nothing goes."""
     context, loop = arm.context, arm.loop
     stage = _open(
         arm,
@@ -182,6 +181,8 @@ def _again(arm: _Arm, state: _State, sparsity: float | None, number: int) -> _St
     with stage.work():
         if not stage.done:
             kept = _prune(arm, state, sparsity, number)
+            if sum(int(k.sum()) for k in kept.values()) == _count(state.kept, kept):
+                return None
             save_tensors(stage.folder / "kept.safetensors", {n: k.to(torch.uint8) for n, k in kept.items()}, {})
             model, first_step = _restart(arm, state, number)
             masks = None if loop.small else _masks(arm, kept, model)
@@ -189,7 +190,9 @@ def _again(arm: _Arm, state: _State, sparsity: float | None, number: int) -> _St
                 model = _small(arm, kept, number)
             else:
                 masks.apply_(model)
-            outcome = train_under(context, arm.method, model, arm.seed, stage, masks=masks, first_step=first_step)
+            outcome = train_under(
+                context, arm.method, model, arm.seed, stage, spec=loop.train, masks=masks, first_step=first_step
+            )
             save_tensors(stage.folder / "scores.safetensors", outcome.scores, {})
             save_tensors(stage.folder / "model.safetensors", model.state_dict(), {})
             stage.finish({"steps": outcome.steps, "seconds": outcome.seconds, "history": outcome.history})
@@ -200,6 +203,11 @@ def _again(arm: _Arm, state: _State, sparsity: float | None, number: int) -> _St
         model = _small(arm, kept, number) if loop.small else context.model(arm.seed)
         model.load_state_dict(load_tensors(weights)[0])
     return _State(model, kept, load_tensors(stage.folder / "scores.safetensors")[0], stage)
+
+
+def _count(before: Mapping[str, Tensor] | None, now: Mapping[str, Tensor]) -> int:
+    """Cells that were kept so far."""
+    return sum(k.numel() if before is None else int(before[n].sum()) for n, k in now.items())
 
 
 def _prune(arm: _Arm, state: _State, sparsity: float | None, number: int) -> dict[str, Tensor]:
@@ -217,11 +225,8 @@ def _prune(arm: _Arm, state: _State, sparsity: float | None, number: int) -> dic
         before = Masks(state.kept) if state.kept is not None else None
         kept = dict(weights.masks(sparsity) if sparsity else next_masks(weights, before, _share(loop), loop.round_up))
     if loop.shuffle_masks:
-        kept = {n: _shuffled(k, keyed_generator(seed, "shuffled mask", n)) for n, k in kept.items()}
-    if all(bool(k.all()) for k in kept.values()):
-        raise NoEffectError(
-            f'method "{arm.method.label}": round {number} would remove nothing; ask for a higher sparsity or fraction'
-        )
+        blocks = {g.name: g.blocks for g in _groups(arm)} if arm.way.granularity == "unit" else {}
+        kept = {n: _shuffled(k, blocks.get(n, 1), keyed_generator(seed, "shuffled mask", n)) for n, k in kept.items()}
     return kept
 
 
@@ -230,8 +235,10 @@ def _share(loop: LoopSpec) -> float:
     return loop.fraction
 
 
-def _shuffled(kept: Tensor, generator: torch.Generator) -> Tensor:
-    return kept.flatten()[torch.randperm(kept.numel(), generator=generator)].reshape(kept.shape)
+def _shuffled(kept: Tensor, blocks: int, generator: torch.Generator) -> Tensor:
+    """The same entries in random order, inside each of `blocks` equal parts, whose counts must stay equal."""
+    parts = [part[torch.randperm(len(part), generator=generator)] for part in kept.reshape(blocks, -1)]
+    return torch.cat(parts).reshape(kept.shape)
 
 
 def _masks(arm: _Arm, kept: Mapping[str, Tensor], model: nn.Module) -> Masks:
@@ -239,14 +246,17 @@ def _masks(arm: _Arm, kept: Mapping[str, Tensor], model: nn.Module) -> Masks:
 
 
 def _small(arm: _Arm, kept: Mapping[str, Tensor], number: int) -> nn.Module:
-    """A network of the kept widths, initialized as such: with the fan-in it has, not the one it was cut from."""
-    model = arm.context.model(arm.seed)
+    """A network of the kept widths, freshly initialized for the fan-in it has, not for the one it was cut from."""
+    model = arm.context.model(_anew(arm, number))
+    before = {t.name: t for t in find_targets(model)}
     cut_(model, make_plan(model, _groups(arm), dict(kept)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_anew(arm, number))
-        for module in model.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+    # Initializers draw with a deviation of 1 / sqrt(fan_in): what was drawn for the wide network is scaled.
+    with torch.no_grad():
+        for target in find_targets(model):
+            scale = (before[target.name].fan_in / target.fan_in) ** 0.5
+            for name in (target.name, target.bias):
+                if name is not None:
+                    model.get_parameter(name).mul_(scale)
     return model
 
 

@@ -7,14 +7,26 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from secateur.core.duration import Duration
+from secateur.lab.train_spec import (
+    DataSpec,
+    LearningRateSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Plugin,
+    Sparsity,
+    Spec,
+    TrainSpec,
+    check_absolute,
+    check_duration,
+)
 
 __all__ = [
     "DataSpec",
     "FinalSpec",
     "LearningRateSpec",
+    "LoopSpec",
     "MethodSpec",
     "ModelSpec",
     "OptimizerSpec",
@@ -25,108 +37,7 @@ __all__ = [
 ]
 
 
-_LONGEST = 1e12
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
-
-
-def _duration(value: str) -> str:
-    duration = Duration.parse(value)
-    if duration.value > _LONGEST:
-        raise ValueError(f'duration "{value}" is longer than anything that ends; expected at most {_LONGEST:g}')
-    return str(duration)
-
-
-def _absolute(value: str) -> str:
-    if value.endswith("run"):
-        raise ValueError(f"{value} is a fraction of the run whose length this key sets; use ep or it")
-    return value
-
-
-def _named(value: Any) -> Any:
-    """`magnitude` is short for `{name: magnitude}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-# As text first, so that a bare number hears that it lacks a unit, not that it is no text.
-DurationText = Annotated[str, BeforeValidator(str), AfterValidator(_duration)]
-Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
-# A plug-in by name with its parameters; the registry's class validates them (`secateur.lab.plugins`).
-Plugin = Annotated[dict[str, Any], BeforeValidator(_named)]
-
-
-class DataSpec(_Spec):
-    """Which data. `name` is a known set, or a folder of plain arrays or images under the data folder."""
-
-    name: str = Field("digits", description="digits, mnist, fashion_mnist, cifar10, cifar100, or a folder")
-    validation: float = Field(0.0, ge=0.0, lt=1.0, description="share of the training set held out to choose by")
-    subset: int | None = Field(None, ge=1, description="use only this many training images, stratified")
-    image_size: int | None = Field(None, ge=1, description="resize images of a folder to this height and width")
-
-
-class ModelSpec(_Spec):
-    """Which network: a name from `secateur models`, `torchvision:NAME`, `timm:NAME` or `python:module:function`."""
-
-    name: str = Field("digits_cnn", description="which network")
-    kwargs: dict[str, Any] = Field({}, description="its own arguments (`{widths: [16, 32, 64]}`)")
-
-
-class OptimizerSpec(_Spec):
-    """SGD, Adam or AdamW; `decay_norms: false` spares biases and norm scales from weight decay."""
-
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0.0, description="base learning rate")
-    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd only")
-    nesterov: bool = Field(False, description="sgd only, needs momentum")
-    weight_decay: float = Field(5e-4, ge=0.0, description="L2 factor (adamw: decoupled)")
-    decay_norms: bool = Field(True, description="decay biases and norm scales too")
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> OptimizerSpec:
-        if self.name != "sgd" and self.model_fields_set & {"momentum", "nesterov"}:
-            raise ValueError(f"momentum and nesterov belong to sgd, not to {self.name}")
-        if self.nesterov and (self.name != "sgd" or not self.momentum):
-            raise ValueError("nesterov belongs to sgd with momentum above 0")
-        return self
-
-
-class LearningRateSpec(_Spec):
-    """Learning rate over the run: linear warm-up, then constant, cosine to 0, or steps by `factor`."""
-
-    name: Literal["constant", "cosine", "step"] = "cosine"
-    warmup: DurationText = Field("0ep", description="linear warm-up from near 0")
-    milestones: tuple[DurationText, ...] = Field((), description="step only: when to multiply by factor")
-    factor: float = Field(0.1, gt=0.0, le=1.0, description="step only")
-
-    @model_validator(mode="after")
-    def _milestones_fit(self) -> LearningRateSpec:
-        if (self.name == "step") != bool(self.milestones):
-            raise ValueError('milestones belong to name "step", and "step" needs at least one')
-        return self
-
-
-class TrainSpec(_Spec):
-    """How to train (or fine-tune)."""
-
-    duration: Annotated[DurationText, AfterValidator(_absolute)] = Field(
-        "20ep", description="length: epochs (ep) or steps (it)"
-    )
-    batch_size: int = Field(64, ge=1, description="images a step")
-    optimizer: OptimizerSpec = OptimizerSpec()
-    lr_schedule: LearningRateSpec = LearningRateSpec()
-    augment: Literal["none", "crop_flip"] = Field("none", description="crop_flip: pad 4, crop, mirror")
-    grad_clip: float | None = Field(None, gt=0.0, description="largest norm of the whole gradient")
-    precision: Literal["32-true", "bf16-mixed"] = Field("32-true", description="bf16-mixed: autocast")
-    shuffle: bool = Field(True, description="a new order every epoch; false: as stored")
-    patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a lower loss")
-    keep: Literal["last", "best"] = Field("last", description="weights of the end, or of the lowest held-out loss")
-    checkpoint_every: DurationText = Field("1ep", description="how much work a kill may cost")
-    evaluate_every: DurationText = Field("1ep", description="on the validation share, else on the test set")
-
-
-class LoopSpec(_Spec):
+class LoopSpec(Spec):
     """Train again after pruning, with the pruned weights held at zero; once for each sparsity, or in rounds.
 
     In rounds (`fraction` given): train, score, remove a fraction of what remains, restart, train, until too little
@@ -143,22 +54,42 @@ class LoopSpec(_Spec):
     shuffle_masks: bool = Field(False, description="control: the masks' entries in random order inside each layer")
     small: bool = Field(False, description="control: cut the units before training and start the small network anew")
 
+    train: TrainSpec | None = Field(None, description="how to train again; default: as the first time")
+
     @model_validator(mode="after")
     def _consistent(self) -> LoopSpec:
+        rounds = self.fraction is not None
         if self.restart not in ("init", "reinitialize", "trained"):
-            _absolute(_duration(self.restart))
-        if self.fraction is None and self.model_fields_set & {"until", "kappa", "round_up"}:
+            check_absolute(check_duration(self.restart))
+            if self.train is not None:
+                raise ValueError("a loop that rewinds goes on in the first training: it takes no train of its own")
+        if not rounds and (self.until != type(self).model_fields["until"].default or self.kappa or self.round_up):
             raise ValueError("until, kappa and round_up belong to rounds: give fraction too")
-        if self.score_at == "init" and (self.fraction is not None or self.restart == "trained"):
+        if rounds and (self.shuffle_masks or self.rescore > 1):
+            raise ValueError("shuffle_masks and rescore go to a sparsity at once: they take no fraction")
+        if self.score_at == "init" and (rounds or self.restart == "trained"):
             raise ValueError("score_at init prunes before training: it takes no fraction and no restart trained")
-        if self.rescore > 1 and self.fraction is not None:
-            raise ValueError("rescore goes to a sparsity in steps without training: it takes no fraction")
         if self.small and (self.score_at != "init" or self.restart != "reinitialize"):
             raise ValueError("small is a network trained from scratch: it takes score_at init and restart reinitialize")
         return self
 
+    def check_way(self, way: PruneSpec) -> None:
+        """Raise `ValueError` for a prune entry that this loop cannot follow."""
+        if way.granularity not in ("weight", "unit"):
+            raise ValueError(f"a loop prunes by granularity weight or unit, not {way.granularity}")
+        if self.small and way.granularity != "unit":
+            raise ValueError("loop.small needs granularity unit: weights cannot be cut")
+        if self.rescore > 1 and way.granularity != "weight":
+            raise ValueError("loop.rescore needs granularity weight")
+        if self.fraction is not None and (way.scope == "column" or way.allocation != "uniform" or way.min_keep < 1):
+            raise ValueError(
+                "rounds count over tensors: scope tensor or global, allocation uniform, min_keep 1 or more"
+            )
+        if self.score_at == "init" and way.criterion.get("name") == "learned":
+            raise ValueError("criterion learned knows a trained network: it takes no score_at init")
 
-class MethodSpec(_Spec):
+
+class MethodSpec(Spec):
     """One column of the comparison: a regularizer to train under, and whether to train again after pruning."""
 
     label: str = Field(description="its name in tables and plots")
@@ -169,8 +100,12 @@ class MethodSpec(_Spec):
     prune: tuple[int, ...] | None = Field(None, description="only these entries of prune, counted from 0; default: all")
     loop: LoopSpec | None = Field(None, description="train again after pruning")
 
+    def way(self, spec: PruneSpec) -> PruneSpec:
+        """A prune entry as it holds for this method: by its own criterion, if it has one."""
+        return spec if self.criterion is None else spec.model_copy(update={"criterion": self.criterion, "label": None})
 
-class PruneSpec(_Spec):
+
+class PruneSpec(Spec):
     """One way of pruning every trained network, at several sparsities."""
 
     granularity: str = Field("weight", description="weight, unit, block:ROWSxCOLUMNS or N:M")
@@ -222,7 +157,7 @@ class PruneSpec(_Spec):
         return self
 
 
-class FinalSpec(_Spec):
+class FinalSpec(Spec):
     """The network to deliver: cut, prove, fine-tune, save, reload elsewhere, export, measure."""
 
     method: str = Field("best", description="a method's label, or best: highest mean accuracy at this sparsity")
@@ -234,7 +169,7 @@ class FinalSpec(_Spec):
     batch_size: int = Field(64, ge=1, description="for latency")
 
 
-class Recipe(_Spec):
+class Recipe(Spec):
     """One experiment: every seed under every method, pruned every way; then one network delivered."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
@@ -253,18 +188,10 @@ class Recipe(_Spec):
         if not labels or len(set(labels)) != len(labels):
             raise ValueError(f"methods need distinct labels, got {labels}")
         for method in self.methods:
-            if any(not 0 <= i < len(self.prune) for i in method.prune or ()):
-                raise ValueError(
-                    f'method "{method.label}": prune {list(method.prune or ())} names entries that are not there; '
-                    f"there are {len(self.prune)}, counted from 0"
-                )
-            shapes = {p.granularity for _, p in self.ways(method)} if method.loop is not None else set()
-            if not shapes <= {"weight", "unit"}:
-                raise ValueError(f'method "{method.label}": a loop prunes by granularity weight or unit')
-            if method.loop is not None and method.loop.rescore > 1 and shapes != {"weight"}:
-                raise ValueError(f'method "{method.label}": loop.rescore needs granularity weight')
-            if method.loop is not None and method.loop.small and shapes != {"unit"}:
-                raise ValueError(f'method "{method.label}": loop.small needs granularity unit: weights cannot be cut')
+            try:
+                self._check_ways(method)
+            except ValueError as error:
+                raise ValueError(f'method "{method.label}": {error}') from error
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be distinct and at least one, got {list(self.seeds)}")
         ways = [(p.granularity, p.title, p.scope) for p in self.prune]
@@ -289,6 +216,21 @@ class Recipe(_Spec):
                     f'"{self.train.precision}"; a run computes in one'
                 )
         return self
+
+    def _check_ways(self, method: MethodSpec) -> None:
+        if method.prune is not None and not (method.prune and set(method.prune) <= set(range(len(self.prune)))):
+            raise ValueError(
+                f"prune {list(method.prune)} must name some of the {len(self.prune)} prune entries, counted from 0"
+            )
+        ways = [method.way(p) for _, p in self.ways(method)]
+        titles = [(w.granularity, w.title, w.scope) for w in ways]
+        if len(set(titles)) != len(titles):
+            raise ValueError("its own criterion makes two of its prune entries the same; take one of them (prune: [0])")
+        for way in ways:
+            if method.loop is not None:
+                method.loop.check_way(way)
+            if way.criterion.get("name") == "learned" and method.regularizer.get("name") == "none":
+                raise ValueError("criterion learned needs a regularizer that learns scores")
 
     def ways(self, method: MethodSpec) -> list[tuple[int, PruneSpec]]:
         """The prune entries that hold for a method, with their numbers."""

@@ -77,8 +77,9 @@ def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = Non
             raise StorageError(f"cannot write {folder / 'recipe.yaml'}: {error.strerror}") from error
         _check_exports(recipe)
         context.check_model()
-        if not options.resume:
-            for _, stage in _stages(context):
+        # Named before any work, so that what cannot be done is said now.
+        for _, stage in _stages(context):
+            if not options.resume:
                 stage.forget()
         trainings = _train_all(context)
         rows = _prune_all(context)
@@ -184,7 +185,8 @@ def _columns(recipe: Recipe, prune: int | None = None) -> list[tuple[MethodSpec,
 
 def _method(method: MethodSpec) -> dict[str, Any]:
     name = method.regularizer["name"]
-    return {"label": method.label, "regularizer": name, "control": name in ("none", "dropout")}
+    plain = method.criterion is None and method.loop is None
+    return {"label": method.label, "regularizer": name, "control": plain and name in ("none", "dropout")}
 
 
 def _train_all(context: Context) -> list[dict[str, Any]]:

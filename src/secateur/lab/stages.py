@@ -14,14 +14,15 @@ from secateur.analysis.latency import Latency, measure_latency
 from secateur.core.duration import Duration
 from secateur.core.masks import Masks
 from secateur.core.targets import find_targets
+from secateur.errors import UsageError
 from secateur.lab.checkpoint import fitting, load_tensors, save_tensors
 from secateur.lab.context import Context
 from secateur.lab.plugins import make_regularizer
-from secateur.lab.recipe import MethodSpec, PruneSpec
+from secateur.lab.recipe import MethodSpec, PruneSpec, TrainSpec
 from secateur.lab.rows import cut_copy, unit_row, weight_row
 from secateur.lab.store import Stage
 from secateur.lab.train import TrainResult, train
-from secateur.lab.ways import unit_ranking, way_of, weight_ranking
+from secateur.lab.ways import unit_ranking, weight_ranking
 from secateur.registry import code_hash
 
 __all__ = [
@@ -65,7 +66,14 @@ def rewind_step(context: Context, method: MethodSpec, seed: int) -> int | None:
     if method.loop is None or method.loop.restart in ("init", "reinitialize", "trained"):
         return None
     spec = context.recipe.train
-    return Duration.parse(method.loop.restart).steps(context.loader(spec, seed).steps_per_epoch)
+    per_epoch = context.loader(spec, seed).steps_per_epoch
+    step, steps = (Duration.parse(text).steps(per_epoch) for text in (method.loop.restart, spec.duration))
+    if not 0 < step < steps:
+        raise UsageError(
+            f'method "{method.label}": loop.restart {method.loop.restart} is step {step} of a training of {steps}; '
+            "expected a step between the first and the last"
+        )
+    return step
 
 
 def code_hashes(context: Context, *names: str) -> list[str | None]:
@@ -96,19 +104,21 @@ def train_under(
     seed: int,
     stage: Stage,
     *,
+    spec: TrainSpec | None = None,
     masks: Masks | None = None,
     first_step: int = 0,
     snapshot_at: int | None = None,
 ) -> TrainResult:
-    """Train `model` as the recipe says, under the method's regularizer; checkpoints go to the stage's folder."""
+    """Train `model` under the method's regularizer, as the recipe says or `spec`; checkpoints go to the stage."""
+    spec = spec or context.recipe.train
     regularizer = make_regularizer(method.regularizer, context.options.allow_code)
     targets = None
     if method.include != ("*",) or method.exclude:
         targets = find_targets(model, method.include, method.exclude, regularizer.acts_on)
     return train(
         model,
-        context.loader(context.recipe.train, seed),
-        context.recipe.train,
+        context.loader(spec, seed),
+        spec,
         runtime=context.runtime,
         regularizer=regularizer,
         folder=stage.folder,
@@ -137,7 +147,7 @@ def learned_scores(context: Context, method: MethodSpec, seed: int) -> dict[str,
 
 def prune_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> Stage:
     """Pruning one trained network one way, at every sparsity."""
-    spec = way_of(method, spec)
+    spec = method.way(spec)
     settings = spec.model_dump(mode="json", exclude={"latency"})
     settings["code"] = code_hashes(context, spec.criterion["name"])
     return context.store.stage("prune", {"train": train_stage(context, method, seed).key, **settings})
@@ -149,7 +159,7 @@ def run_prune(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) 
     with stage.work():
         if not stage.done:
             model, learned = trained_model(context, method, seed), learned_scores(context, method, seed)
-            spec = way_of(method, spec)
+            spec = method.way(spec)
             rows = (_unit_rows if spec.granularity == "unit" else _weight_rows)(context, model, seed, spec, learned)
             stage.finish({"rows": [{**row, "stage": stage.key} for row in rows]})
         return stage.result()["rows"]
@@ -199,7 +209,7 @@ def run_latency(context: Context, method: MethodSpec, seed: int, spec: PruneSpec
     with stage.work():
         if not stage.done:
             model = trained_model(context, method, seed)
-            spec = way_of(method, spec)
+            spec = method.way(spec)
             ranking = unit_ranking(context, model, seed, spec, learned_scores(context, method, seed))
             cut = {str(s): cut_copy(context, model, ranking.groups, ranking.kept(s))[0] for s in spec.sparsities}
             batch = min(64, len(context.data.test_labels))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.core.duration import Duration
+from secateur.core.duration import Duration, Progress
 from secateur.core.masks import Masks
 from secateur.core.seeds import keyed_seed
 from secateur.core.targets import Targets
@@ -113,6 +113,7 @@ def train(
     sparsifier = Sparsifier(
         model, regularizer, steps=steps, steps_per_epoch=loader.steps_per_epoch, targets=targets, seed=seed
     )
+    sparsifier.progress = Progress(first_step, steps, loader.steps_per_epoch)
     save_every = max(1, Duration.parse(spec.checkpoint_every).steps(loader.steps_per_epoch, steps))
     evaluate_every = max(1, Duration.parse(spec.evaluate_every).steps(loader.steps_per_epoch, steps))
     devices = [runtime.device] if runtime.device.type == "cuda" else []
@@ -140,6 +141,8 @@ def train(
             optimizer.zero_grad()
             runtime.backward(loss)
             if spec.grad_clip is not None:
+                if hold is not None:
+                    hold.zero_gradients_()
                 runtime.clip(engine, engine_optimizer, spec.grad_clip)
             engine_optimizer.step()
             sparsifier.after_step()
@@ -152,13 +155,19 @@ def train(
                     raise DivergedError(_diverged(what, step, loader.steps_per_epoch, rate, state))
                 state.note(loader.steps_per_epoch, measured, rate)
             if state.step == snapshot_at:
-                ckpt.save_tensors(folder / "snapshot.safetensors", model.state_dict(), {"step": state.step})
+                plain = {n: t for n, t in model.state_dict().items() if n not in sparsifier.learned()}
+                ckpt.save_tensors(folder / "snapshot.safetensors", plain, {"step": state.step})
             listener.advanced(state.step, f"loss {value:.3f}")
             if listener.stop:
                 state.save()
                 raise Interrupted(f"interrupted at step {state.step} of {steps}; saved, run again to continue")
             if state.step % save_every == 0 and state.step < steps:
                 state.save()
+        if snapshot_at is not None and state.step < snapshot_at:
+            raise UsageError(
+                f"training ran out of patience at step {state.step}, before step {snapshot_at} that a loop rewinds to; "
+                "rewind to an earlier one"
+            )
         state.keep()
         if hold is not None:
             hold.remove()

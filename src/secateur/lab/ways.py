@@ -11,18 +11,11 @@ from secateur.core.masks import Masks
 from secateur.core.targets import find_targets
 from secateur.lab.context import Context
 from secateur.lab.plugins import make_criterion
-from secateur.lab.recipe import MethodSpec, PruneSpec
+from secateur.lab.recipe import PruneSpec
 from secateur.sparsify.ranking import Ranking, SelectionRule, UnitRanking, rank, rank_units
 from secateur.sparsify.rounds import prune_in_rounds
 
-__all__ = ["masks_in_rounds", "unit_ranking", "way_of", "weight_ranking"]
-
-
-def way_of(method: MethodSpec, spec: PruneSpec) -> PruneSpec:
-    """The prune entry as it holds for a method: by the method's own criterion, if it has one."""
-    if method.criterion is None:
-        return spec
-    return spec.model_copy(update={"criterion": method.criterion, "label": None})
+__all__ = ["masks_in_rounds", "unit_ranking", "weight_ranking"]
 
 
 def weight_ranking(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -16,18 +17,21 @@ from secateur.core.masks import Masks
 from secateur.core.targets import Targets, find_targets, unwrap
 from secateur.errors import CheckpointError, NoEffectError, UsageError
 from secateur.regularizers.base import Regularizer
+from secateur.regularizers.parallel import is_wrapped, not_averaged
 from secateur.regularizers.stream import NoiseStream
 
 __all__ = ["Attachment", "Hook"]
 
 
 class Hook:
-    """A module hook that copies of the module do not inherit: a copy is a plain network."""
+    """A module hook that copies of the module do not inherit: a copy is a plain network. `ran`: it was called."""
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self._function = function
+        self.ran = False
 
     def __call__(self, *args: Any) -> Any:
+        self.ran = True
         return self._function(*args) if self._function is not None else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
@@ -37,7 +41,24 @@ class Hook:
         return (Hook, (None,))
 
 
-class Attachment:
+class _Attaching(ABCMeta):
+    """What is raised while an attachment is made, by any subclass, leaves nothing of it in the network."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        attachment: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
+        try:
+            attachment.__init__(*args, **kwargs)
+            attachment._watch()
+        except BaseException:
+            # Half made, it may not know how to remove itself; what it has put into the network it does.
+            with suppress(Exception):
+                attachment.remove()
+            Attachment._detach(attachment)
+            raise
+        return attachment
+
+
+class Attachment(metaclass=_Attaching):
     """An attached regularizer. Use as a context manager, or call `remove` when done.
 
     In a training loop: add `penalty()` to the loss, call `after_step(progress)` after each optimizer step.
@@ -60,6 +81,8 @@ class Attachment:
         self.is_sampling = False
         self._forwards = 0
         self._handles: list[Any] = []
+        # Hooks on parts of a network that may not be called at all, because a compiled graph is run in their place.
+        self._inside: list[Hook] = []
         if spec.draws_noise:
             self._handles.append(model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True))
             self._handles.append(model.register_forward_hook(Hook(lambda *_: self.resume()), always_call=True))
@@ -78,6 +101,20 @@ class Attachment:
         else:
             self.pause()
 
+    def _watch(self) -> None:
+        inside = [m for m in self.network.modules() if m is not self.model]
+        places = {id(hooks) for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)}
+        for handle in self._handles:
+            hooks: Any = handle.hooks_dict_ref() if hasattr(handle, "hooks_dict_ref") else None
+            if id(hooks) in places and isinstance(hooks[handle.id], Hook):
+                self._inside.append(hooks[handle.id])
+        if self._inside and not self.spec.draws_noise:
+            self._handles.append(self.model.register_forward_pre_hook(Hook(self._note_training)))
+
+    def _note_training(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._forwards = 1
+
     def _refuse_replaced(self) -> None:
         for name, path in self._places.items():
             if any(holder.get(key) is not held for holder, key, held in path):
@@ -93,11 +130,25 @@ class Attachment:
         data-parallel wrappers and checkpoints treat it like any other. Weight decay should spare it.
         """
         if not self.learned:
+            if is_wrapped(self.model):
+                raise UsageError(self._unaveraged)
+            self._handles.append(self.model.register_forward_pre_hook(Hook(self._expect_averaged)))
             self._handles.append(register_optimizer_step_pre_hook(self._expect_trained))
         parameter = nn.Parameter(initial)
         self.network.get_submodule(module).register_parameter(name, parameter)
         self.learned[f"{module}.{name}" if module else name] = parameter
         return parameter
+
+    @property
+    def _unaveraged(self) -> str:
+        return (
+            f"{type(self.spec).__name__}: DistributedDataParallel does not average the gradients of parameters that "
+            "are added after it was built; attach to the bare model (or to the compiled one), then wrap it"
+        )
+
+    def _expect_averaged(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not_averaged(self.learned.values()):
+            raise UsageError(self._unaveraged)
 
     def _expect_trained(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -151,8 +202,20 @@ class Attachment:
                 f"{type(self.spec).__name__}: no training forward pass since the last step, so nothing was "
                 "regularized; attach to the very object the loop calls, in train() mode"
             )
+        if self._inside:
+            self._expect_hooks()
         self._forwards = 0
         self.progress = progress
+
+    def _expect_hooks(self) -> None:
+        if self._forwards and not any(hook.ran for hook in self._inside):
+            raise NoEffectError(
+                f"{type(self.spec).__name__}: no target layer was called as a module since the last step; a compiled "
+                "model ignores hooks where it, or another of its class, has run without them: call "
+                "torch.compiler.reset() after attaching"
+            )
+        for hook in self._inside:
+            hook.ran = False
 
     def scores(self) -> dict[str, Tensor]:
         """Per-unit or per-weight scores the method ranks by; empty if it keeps none."""
@@ -180,13 +243,18 @@ class Attachment:
     def remove(self) -> None:
         """Stop acting and leave the model exactly as without the regularizer. Safe to call twice."""
         self.end()
-        for handle in self._handles:
+        self._detach()
+
+    def _detach(self) -> None:
+        # It may be that not even the base class was set up.
+        handles, learned = getattr(self, "_handles", []), getattr(self, "learned", {})
+        for handle in handles:
             handle.remove()
-        self._handles.clear()
-        for name in self.learned:
+        handles.clear()
+        for name in learned:
             module, _, leaf = name.rpartition(".")
             delattr(self.network.get_submodule(module), leaf)
-        self.learned.clear()
+        learned.clear()
 
     def __enter__(self) -> Attachment:
         return self

@@ -41,9 +41,16 @@ class Regularizer(ABC):
         """Start acting on `model` whenever it runs forward in training mode with gradients enabled.
 
         Args:
-            model: the object your loop calls. Attach to the compiled or wrapped model if that is what you call.
+            model: the object your loop calls; the compiled model if you compile it. Before `DistributedDataParallel`
+                wraps it: compile, attach, wrap, build the optimizer. (What adds no parameters may also be attached to
+                the wrapper.)
             targets: default: all targets of kind `acts_on`.
-            seed: root seed of the noise stream.
+            seed: root seed of the noise stream, the same in all processes.
+
+        In several processes (`torch.distributed`) that train one network, noise of weights and units is the same in
+        all of them, and noise of samples differs, as in one process with the whole batch. Gradients are regularized
+        before they are averaged. Processes must make the same number of forward passes, with equal parts of a batch
+        where masks are drawn for each sample; their states are then equal, so one of them is saved.
         """
 
 

@@ -15,6 +15,7 @@ from secateur.errors import NoEffectError, UsageError
 from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import Regularizer
 from secateur.regularizers.ddrop import DDrop, keep_probabilities
+from secateur.regularizers.parallel import data_rank
 from secateur.regularizers.unit_sites import Site, find_sites, over_units
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ class ChannelNoise(Attachment):
                 )
 
     def _refuse(self, message: str) -> NoReturn:
-        # A network that is refused keeps no hooks.
-        self.remove()
         raise UsageError(f"{self._method}: {message}")
 
     def locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,8 +96,8 @@ class ChannelNoise(Attachment):
         if self._masks and not self._acted:
             raise NoEffectError(
                 f"{type(self.spec).__name__}: no target layer was masked in the last forward pass; put the targets in "
-                "train() mode, and attach before a compiled model runs for the first time (its graph ignores later "
-                "hooks)"
+                "train() mode; a compiled model ignores hooks where it, or another of its class, has run without them: "
+                "call torch.compiler.reset() after attaching"
             )
         self._acted = False
         super().after_step(progress)
@@ -130,7 +129,10 @@ class RankedChannelDropout(ChannelNoise):
     @torch.no_grad()
     def _draw(self, samples: int) -> None:
         keep = torch.cat([self._keep(t) for t in self.targets])
-        mask = self.stream.bernoulli((samples, keep.numel()), keep).to(keep.dtype)
+        # All processes draw the whole batch, and each takes its own samples: so their streams stay equal.
+        rank, ranks = data_rank() if self._ddrop.per_sample else (0, 1)
+        drawn = self.stream.bernoulli((ranks * samples, keep.numel()), keep)
+        mask = drawn[rank * samples : (rank + 1) * samples].to(keep.dtype)
         if self._ddrop.rescale:
             mask /= keep.clamp_min(1e-6)
         for target, piece in zip(self.targets, mask.split([t.units for t in self.targets], dim=1), strict=True):

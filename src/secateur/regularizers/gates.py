@@ -73,11 +73,7 @@ class Gates(Attachment):
     def __init__(self, spec: L0 | Smallify, model: nn.Module, targets: Targets | None, seed: int) -> None:
         super().__init__(spec, model, targets, seed)
         self._by_unit = spec.granularity == "unit"
-        try:
-            refuse_unsupported(type(spec).__name__, self.network, self.targets)
-        except BaseException:
-            self.remove()
-            raise
+        refuse_unsupported(type(spec).__name__, self.network, self.targets)
         for target in self.targets:
             weight = self.parameters[target.name]
             shape = (target.units,) if self._by_unit else target.shape

@@ -61,7 +61,8 @@ class GradualPruner(Attachment):
     def finalize(self) -> Masks:
         if self._reached < self._gradual.sparsity:
             self._prune(self._gradual.sparsity)
-            self._zero()
+        # Weights of an earlier step may have been put back.
+        self._zero()
         masks = Masks({name: ~gone for name, gone in self._gone.items()})
         self.remove()
         return masks

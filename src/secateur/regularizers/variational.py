@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.core.masks import Masks
+from secateur.core.seeds import keyed_seed
 from secateur.core.targets import Target, Targets
 from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.layers import layer_output, layers_of, only_input, refuse_unsupported
+from secateur.regularizers.parallel import data_rank
 from secateur.regularizers.seeded import draw_seeds, normal_like
 from secateur.regularizers.stream import NoiseStream
 from secateur.regularizers.variational_dropout import VariationalDropout
@@ -47,11 +49,7 @@ class VariationalNoise(Attachment):
         self._seeds: dict[str, Tensor] = {}
         # It draws seeds, whatever device the noise is for.
         self.stream = NoiseStream(seed)
-        try:
-            refuse_unsupported("VariationalDropout", self.network, self.targets)
-        except BaseException:
-            self.remove()
-            raise
+        refuse_unsupported("VariationalDropout", self.network, self.targets)
         for target in self.targets:
             initial = torch.full_like(self.parameters[target.name].detach(), spec.log_sigma2_init)
             self.learn(target.module, _LEAF, initial)
@@ -62,8 +60,10 @@ class VariationalNoise(Attachment):
                 self._handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Every sample has noise of its own, wherever its part of the batch is.
+        rank, _ = data_rank()
         for target, seed in zip(self.targets, draw_seeds(self.stream, len(self.targets)), strict=True):
-            self._seeds[target.name] = torch.tensor(seed)
+            self._seeds[target.name] = torch.tensor(keyed_seed(seed, "rank", rank) if rank else seed)
 
     def end(self) -> None:
         self._seeds.clear()

@@ -53,6 +53,8 @@ class Sparsifier:
         if self._attachment is not None:
             raise UsageError("Sparsifier: already attached; call finalize() first")
         self._attachment = self.regularizer.attach(self.model, self.targets, seed=self.seed)
+        if self.progress.step:
+            self._attachment.progress = self.progress
         return self
 
     @property

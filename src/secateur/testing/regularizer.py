@@ -35,7 +35,8 @@ def check_regularizer(regularizer: Regularizer, *, compiled: bool = True) -> Non
     hooks and flags as they were, in the middle of a step too. Attached, it is the identity in eval mode bitwise; the
     optimizer (with a closure too), `state_dict()` and copies see plain weights; its noise depends on its seed alone
     and leaves the global generators alone; it resumes bitwise; it works with gradient accumulation, frozen
-    parameters, bf16 autocast and `torch.compile(fullgraph=True)`. A method that `learns` adds parameters while
+    parameters, bf16 autocast and `torch.compile(fullgraph=True)`; attached to a compiled model that has already run, it
+    acts or raises `NoEffectError`. A method that `learns` adds parameters while
     attached, says so when the optimizer does not train them, and folds them: after `finalize` the network in eval mode
     computes what it computed attached.
 
@@ -255,19 +256,31 @@ def _check_silence(name: str, spec: Regularizer) -> None:
 
 def _check_compiled(name: str, spec: Regularizer) -> None:
     eager = run(dense().train(), spec, 3, seed=1)
-    network = dense().train()
-    torch._dynamo.reset()
-    try:
-        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
-        shape = structure(network)
-        final = run(network, spec, 3, seed=1, call=compiled)
-    except Exception as error:
-        raise AssertionError(
-            f"{name}: under torch.compile(fullgraph=True) it failed: {type(error).__name__}: {str(error)[:400]}"
-        ) from error
-    finally:
+    for ran_before in (False, True):
+        network = dense().train()
+        state = copy.deepcopy(network.state_dict())
         torch._dynamo.reset()
-    for n, tensor in eager.items():
-        same = torch.allclose(tensor, final[n], rtol=1e-3, atol=1e-5)
-        that(same, f"{name}: compiled training ends elsewhere than eager training, in {n}")
-    same_structure(f"{name}: under torch.compile it left a trace", shape, structure(network))
+        try:
+            compiled: Any = torch.compile(network, backend="aot_eager", fullgraph=True)
+            if ran_before:
+                # Its graph does not look for hooks any more.
+                loss(compiled, None, batches(network)[0]).backward()
+                network.load_state_dict(state)
+            shape = structure(network)
+            final = run(network, spec, 3, seed=1, call=compiled)
+        except NoEffectError as error:
+            that(ran_before, f"{name}: under torch.compile it says: {error}")
+            final = eager
+        except Exception as error:
+            raise AssertionError(
+                f"{name}: under torch.compile(fullgraph=True) it failed: {type(error).__name__}: {str(error)[:400]}"
+            ) from error
+        finally:
+            torch._dynamo.reset()
+        for n, tensor in eager.items():
+            same = torch.allclose(tensor, final[n], rtol=1e-3, atol=1e-5)
+            ended = "compiled training ends elsewhere than eager training"
+            if ran_before:
+                ended = "attached to a compiled model that ran before, it neither acts fully nor raises NoEffectError"
+            that(same, f"{name}: {ended}: {n} differs")
+        same_structure(f"{name}: under torch.compile it left a trace", shape, structure(network))

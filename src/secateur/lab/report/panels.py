@@ -73,5 +73,7 @@ def group(rows: Iterable[Row]) -> tuple[Panel, ...]:
 def _label(key: tuple[str, str, str], arms: Iterable[tuple[str, str, str]]) -> str:
     """The method, and what else tells this arm from the same method's others."""
     same = [other for other in arms if other[0] == key[0]]
-    extra = [key[at] for at in (1, 2) if len({other[at] for other in same}) > 1]
+    by_criterion = [other for other in same if other[1] == key[1]]
+    extra = [key[1]] if len({other[1] for other in same}) > 1 else []
+    extra += [key[2]] if len(by_criterion) > 1 else []
     return key[0] + (f" ({', '.join(extra)})" if extra else "")

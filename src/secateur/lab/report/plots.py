@@ -61,7 +61,10 @@ def styles(result: Result) -> dict[str, Style]:
 
 
 def lines(result: Result, panel: Panel) -> list[Line]:
-    """The arms of a panel with their styles; a method's second arm gets another marker and dash."""
+    """The arms of a panel with their styles; a method's second arm gets another marker and dash, or another color
+    where all are arms of one method."""
+    if len({arm.method for arm in panel.arms}) == 1 < len(panel.arms):
+        return _by_arm(panel)
     known = styles(result)
     seen = dict.fromkeys(known, 0)
     found = []
@@ -72,6 +75,17 @@ def lines(result: Result, panel: Panel) -> list[Line]:
             marker = _MARKERS[(_MARKERS.index(style.marker) + again) % 7] if style.marker != "s" else _MARKERS[-again]
             style = Style(style.color, marker, _DASHES[again % 4])
         found.append(Line(arm, arm.label, style))
+    return found
+
+
+def _by_arm(panel: Panel) -> list[Line]:
+    """A color for each arm; the control in ink."""
+    control = next((arm for arm in panel.arms if arm.control), panel.arms[0])
+    found: list[Line] = []
+    for arm in panel.arms:
+        index = sum(line.arm is not control for line in found)
+        style = Style(COLORS[index % len(COLORS)][0], _MARKERS[index % 7], _DASHES[index // len(COLORS) % 4])
+        found.append(Line(arm, arm.label, Style(INK, "s", _CONTROL_DASH) if arm is control else style))
     return found
 
 

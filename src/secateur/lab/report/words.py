@@ -20,13 +20,14 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def level(sparsity: float) -> str:
-    """A sparsity as it was asked for, without trailing zeros.
+    """A sparsity as it was asked for, without trailing zeros; those of rounds (1 - 0.8^n) to one decimal.
 
     Examples:
-        >>> level(0.9), level(0.995)
-        ('90 %', '99.5 %')
+        >>> level(0.9), level(0.9375), level(1 - 0.8**9)
+        ('90 %', '93.75 %', '86.6 %')
     """
-    return f"{round(100 * sparsity, 4):g} %"
+    exact = round(100 * sparsity, 4)
+    return f"{exact if round(exact, 2) == exact else round(exact, 1):g} %"
 
 
 def points(difference: float, signed: bool = False) -> str:
