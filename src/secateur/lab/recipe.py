@@ -63,7 +63,7 @@ class LoopSpec(Spec):
             check_absolute(check_duration(self.restart))
             if self.train is not None:
                 raise ValueError("a loop that rewinds goes on in the first training: it takes no train of its own")
-        if not rounds and (self.until != type(self).model_fields["until"].default or self.kappa or self.round_up):
+        if not rounds and self._changed("until", "kappa", "round_up"):
             raise ValueError("until, kappa and round_up belong to rounds: give fraction too")
         if rounds and (self.shuffle_masks or self.rescore > 1):
             raise ValueError("shuffle_masks and rescore go to a sparsity at once: they take no fraction")
