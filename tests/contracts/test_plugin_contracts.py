@@ -360,6 +360,7 @@ class _BrokenAttachment(_InputDropper):
     def after_step(self, progress):
         if self.how == "silent":
             self._forwards = 1
+            self._inside.clear()
         super().after_step(progress)
 
     def state_dict(self):

@@ -188,3 +188,30 @@ def test_a_step_without_a_training_forward_pass_is_an_error():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         PGMPF(**settings)
+
+
+def test_the_batch_norm_behind_a_pruned_unit_goes_with_it():
+    """A BatchNorm undoes a scale in front of it, so that shrinking the weights alone would change nothing."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)
+    )
+    with torch.no_grad():
+        network[1].weight.normal_()
+        network[1].bias.normal_()
+    before = network[1].weight.detach().clone()
+    attachment = PGMPF(0.5).attach(network, find_targets(network, exclude=["@last"]))
+    for step in (1, 2):
+        network(torch.randn(4, 3, 5, 5)).sum().backward()
+        attachment.after_step(Progress(step, 10, 1))
+    shrunk = (network[1].weight.detach() / before).tolist()
+    factor = PGMPF(0.5).shrink_at(1, 10)
+    assert {round(value / factor, 4) for value in shrunk} == {1.0, round(1 / factor, 4)}
+    masks = attachment.finalize()
+    gone = ~masks["0.weight"].flatten(1).any(1)
+    assert int(gone.sum()) == 4
+    assert bool((network[1].weight[gone] == 0).all())
+    assert bool((network[1].bias[gone] == 0).all())
+    assert bool((network[1].weight[~gone] != 0).all())
+    out = network.eval()[:3](torch.randn(2, 3, 5, 5))
+    assert bool((out[:, gone] == 0).all())

@@ -23,8 +23,8 @@ class PGMPF(Regularizer):
     """After epoch e (from 0) of E the units of smallest L2 norm of each target are marked as pruned: the share of
     ASFP, sparsity x (1 - exp(-k e)) with k = 8 ln(4) / E, and `sparsity` itself from 0.9 E on. Two things follow.
 
-    - Their weights and biases are multiplied by mu_e = exp(-a e) with a = -ln(sigma / (1 + 0.01 sigma)) / E; by 0
-      from 0.8 E on.
+    - Their weights and biases, and scale and shift of a BatchNorm that surely follows, are multiplied by
+      mu_e = exp(-a e) with a = -ln(sigma / (1 + 0.01 sigma)) / E; by 0 from 0.8 E on.
     - In the next epoch the gradient of their weights is multiplied by (1 - lambda_e) b, where b is 0 or 1 with equal
       probability for each unit and step, and lambda_e = 1 - (1 - (e + 1) / E)^3; by 0 from `block_from` E on.
 
@@ -34,11 +34,11 @@ class PGMPF(Regularizer):
         block_from: share of the epochs after which pruned units get no gradient, in [0, 1]; the authors take 0.8 for a
             pretrained network.
 
-    `finalize()` zeroes the smallest units at `sparsity`, weights and biases, and returns the masks of the weights.
+    `finalize()` zeroes the smallest units at `sparsity`, BatchNorm included, and returns the masks of the weights.
     Exclude the output layer, and the shortcut convolutions of a ResNet as the authors do.
 
-    Differs from the paper: its code also shrinks the scale and shift of the BatchNorm that it finds by name; here
-    that is the unit's own bias. All layer types are targets, not only convolutions.
+    Differs from the paper: the BatchNorm is found by following the layer's output in the first forward pass, not by
+    the names of one network's layers. All layer types are targets, not only convolutions.
 
     Randomness: the attachment's own stream, drawn once a step for all layers outside the graph. The same
     draw serves all backward passes of a step.

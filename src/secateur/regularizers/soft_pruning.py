@@ -18,6 +18,7 @@ from secateur.regularizers.candidates import all_but_lowest
 from secateur.regularizers.gradient_hooks import GradientHooks
 from secateur.regularizers.pgmpf import PGMPF
 from secateur.regularizers.soft_filter_pruning import SoftFilterPruning
+from secateur.regularizers.unit_sites import find_norms
 
 __all__ = ["ProgressivePruner", "SoftPruner", "kept_units"]
 
@@ -96,6 +97,8 @@ class ProgressivePruner(_EpochPruner):
         # What gradients are multiplied by in this step, by target; empty before the draw, and where nothing is pruned.
         self._passing: dict[str, Tensor] = {}
         self._drawn = False
+        # The BatchNorm behind each target, found in the first forward pass: it would undo any scale in front of it.
+        self._norms: dict[str, nn.Module] | None = None
         self._hooks = GradientHooks(self.parameters, self._mask)
 
     def _mask(self, name: str, gradient: Tensor) -> Tensor:
@@ -112,6 +115,9 @@ class ProgressivePruner(_EpochPruner):
             return
         self._drawn = True
         self._hooks.attach()
+        if self._norms is None:
+            paths = find_norms(self.network, self.targets, args, kwargs)
+            self._norms = {name: self.network.get_submodule(path) for name, path in paths.items()}
         over = self.progress.epoch - 1
         if over < 0:
             return
@@ -141,9 +147,15 @@ class ProgressivePruner(_EpochPruner):
             weight = self.parameters[target.name]
             kept = self._kept[target.name] = kept_units(target, weight.detach(), sparsity)
             weight.copy_(torch.where(target.spread(kept), weight, by * weight if by else 0.0))
-            bias = self._biases[target.bias] if target.bias is not None else None
-            if bias is not None and bias.requires_grad:
-                bias.copy_(torch.where(kept, bias, by * bias if by else 0.0))
+            for per_unit in self._per_unit(target):
+                if per_unit.requires_grad:
+                    per_unit.copy_(torch.where(kept, per_unit, by * per_unit if by else 0.0))
+
+    def _per_unit(self, target: Target) -> list[nn.Parameter]:
+        """What else a unit has beside its weights: its bias, and scale and shift of the BatchNorm behind it."""
+        norm = (self._norms or {}).get(target.name)
+        found = [] if target.bias is None else [self._biases[target.bias]]
+        return found + ([] if norm is None else [p for p in (norm.weight, norm.bias) if isinstance(p, nn.Parameter)])
 
     def finalize(self) -> Masks:
         self._refuse_replaced()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.core.targets import Target, Targets
 from secateur.errors import UsageError
 
-__all__ = ["Site", "find_sites", "over_units"]
+__all__ = ["Site", "find_norms", "find_sites", "over_units"]
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 # Each unit of the result depends on the same unit of the input alone, and lies where it lay.
@@ -67,6 +67,24 @@ def find_sites(
     with torch.no_grad(), _looking(network, targets, trail), trail:
         network.forward(*args, **kwargs)
     return {t.name: _decide(method, network, t, trail) for t in targets}
+
+
+def find_norms(
+    network: nn.Module, targets: Targets, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """The BatchNorm that surely follows each target alone, by target name; targets without one are left out."""
+    if not any(network.children()):
+        return {}
+    trail = _Trail()
+    with torch.no_grad(), _looking(network, targets, trail), trail:
+        network.forward(*args, **kwargs)
+    found: dict[str, str] = {}
+    for target in targets:
+        with suppress(UsageError):
+            site = _decide("", network, target, trail)
+            if site.module != target.module:
+                found[target.name] = site.module
+    return found
 
 
 def _decide(method: str, network: nn.Module, target: Target, trail: _Trail) -> Site:
