@@ -18,6 +18,7 @@ from secateur.regularizers.ddrop_scale import DDropScale
 from secateur.regularizers.dropout import Dropout
 from secateur.regularizers.mask_pool import MaskPoolDropout
 from secateur.regularizers.network_slimming import NetworkSlimming
+from secateur.regularizers.pgmpf import PGMPF
 from secateur.regularizers.targeted_dropout import TargetedDropout
 from secateur.testing.snapshots import generators, same_structure, same_values, structure, values
 
@@ -233,8 +234,9 @@ def test_refusals():
         with pytest.raises(NoEffectError, match="every pass would be the same"):
             mc_predict(model, torch.ones(1, 2))
     network[3].p = 0.0
-    with NetworkSlimming().attach(network) as silent, pytest.raises(NoEffectError):
-        mc_predict(network, x, attachments=[silent])
+    for method in (NetworkSlimming(), PGMPF()):
+        with method.attach(network) as silent, pytest.raises(NoEffectError):
+            mc_predict(network, x, attachments=[silent])
     network[3].p = 0.5
     with pytest.raises(UsageError, match="passes is at least 2, got 1"):
         mc_predict(network, x, passes=1)

@@ -313,3 +313,22 @@ def test_plugins_by_name():
         make_criterion({"name": "magnitudes"})
     with pytest.raises(UsageError, match="gamma"):
         make_regularizer({"name": "targeted_dropout", "gamma": "many"})
+
+
+def test_networks_are_counted_loops_and_rounds_included(tmp_path):
+    path = tmp_path / "counted.yaml"
+    path.write_text(
+        """\
+name: counted
+seeds: [0, 1]
+methods:
+  - {label: once}
+  - {label: again, loop: {}}
+  - {label: rounds, loop: {fraction: 0.2}, prune: [0]}
+prune:
+  - {granularity: weight, sparsities: [0.0, 0.5, 0.9]}
+  - {granularity: unit, sparsities: [0.5]}
+"""
+    )
+    # Once: 1 training, 4 networks. Again: 1 + 3, 4. Rounds: 0.8^11 is the first share below a tenth: 1 + 11, 12.
+    assert load_recipe(path).counts() == (2 * (1 + 4 + 12), 2 * (4 + 4 + 12))

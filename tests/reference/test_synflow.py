@@ -11,6 +11,7 @@ from torch import nn
 from secateur.core.targets import find_targets
 from secateur.criteria.driver import score_targets
 from secateur.criteria.synflow import SynFlow
+from secateur.errors import DataError
 from secateur.sparsify.ranking import SelectionRule, rank
 from secateur.sparsify.rounds import prune_in_rounds
 
@@ -121,3 +122,10 @@ def test_rounds_follow_the_algorithm_in_numpy():
         assert mask.numpy().astype(float).tolist() == expected.tolist()
     once = rank(network, SynFlow(), rule=GLOBAL, batches=[torch.zeros(1, 4)]).masks(sparsity)
     assert prune_in_rounds(network, SynFlow(), sparsity, 1, rule=GLOBAL, batches=[torch.zeros(1, 4)]) == once
+
+
+def test_a_network_that_nothing_flows_through_is_refused():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).eval()
+    network[1].running_mean.fill_(1e3)
+    with pytest.raises(DataError, match="nothing flows from the input to the output"):
+        score_targets(network, find_targets(network), [SynFlow()], batches=[torch.ones(1, 1, 2, 2)])

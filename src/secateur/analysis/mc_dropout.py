@@ -78,7 +78,7 @@ def mc_predict(
                 "give the very one it was attached to"
             )
     noisy = [m for m in unwrap(model).modules() if _drops(m)]
-    if not noisy and not any(a.spec.draws_noise for a in attachments):
+    if not noisy and not any(a.spec.draws_noise and a.spec.noisy_outputs for a in attachments):
         raise NoEffectError(
             f"mc_predict: {type(unwrap(model)).__name__} has no dropout module with a rate above 0 and no attachment "
             "that draws noise was given, so every pass would be the same"

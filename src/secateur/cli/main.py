@@ -108,10 +108,8 @@ def check(
     """Validate a recipe without running anything. Example: secateur check my.yaml"""
     with errors_to_exit(json_):
         loaded = _load(recipe, set_, seeds, allow_code)
-        counts = {
-            "trainings": len(loaded.methods) * len(loaded.seeds),
-            "rows": len(loaded.methods) * len(loaded.seeds) * sum(len(p.sparsities) for p in loaded.prune),
-        }
+        trainings, rows = loaded.counts()
+        counts = {"trainings": trainings, "rows": rows}
         if json_:
             out_json({"recipe": loaded.resolved(), "hash": loaded.hash, **counts})
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -235,6 +236,21 @@ class Recipe(Spec):
     def ways(self, method: MethodSpec) -> list[tuple[int, PruneSpec]]:
         """The prune entries that hold for a method, with their numbers."""
         return [(i, p) for i, p in enumerate(self.prune) if method.prune is None or i in method.prune]
+
+    def counts(self) -> tuple[int, int]:
+        """Trainings, and pruned networks; rounds are counted by their shares, before rounding to whole cells."""
+        trainings = networks = 0
+        for method in self.methods:
+            loop, levels = method.loop, 0
+            for _, way in self.ways(method):
+                if loop is not None and loop.fraction is not None:
+                    rounds = math.ceil(math.log(max(loop.until, 1e-3)) / math.log(1.0 - loop.fraction) - 1e-9)
+                    levels, networks = levels + rounds, networks + rounds + 1
+                else:
+                    levels += sum(s > 0 for s in way.sparsities) if loop is not None else 0
+                    networks += len(way.sparsities)
+            trainings += 1 + levels
+        return trainings * len(self.seeds), networks * len(self.seeds)
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults filled in, as plain JSON data."""

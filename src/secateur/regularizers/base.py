@@ -22,6 +22,7 @@ class Regularizer(ABC):
     Class attributes:
         acts_on: which targets it attaches to by default: `"weight"` or `"norm"` (BatchNorm scales).
         draws_noise: it perturbs every training forward pass, so a step without one is an error.
+        noisy_outputs: that perturbation is seen in what the network computes, not in its gradients alone.
         learns: it adds parameters of its own (`Attachment.learned`) while attached. The optimizer must be built
             after attaching; eval mode is then no identity, and `finalize` folds them into the weights.
         phase, granularities, state, summary, paper, cost: for tables and cards.
@@ -29,6 +30,7 @@ class Regularizer(ABC):
 
     acts_on: ClassVar[Literal["weight", "norm"]] = "weight"
     draws_noise: ClassVar[bool] = True
+    noisy_outputs: ClassVar[bool] = True
     learns: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ()
     state: ClassVar[str] = "noise stream"

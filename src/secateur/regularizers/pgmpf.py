@@ -50,6 +50,7 @@ class PGMPF(Regularizer):
     sparsity: float = 0.5
     sigma: float = 1e-3
     block_from: float = 0.9
+    noisy_outputs: ClassVar[bool] = False
     granularities: ClassVar[tuple[str, ...]] = ("unit",)
     state: ClassVar[str] = "noise stream, pruned units"
     summary: ClassVar[str] = "shrinks the smallest units after every epoch, masks their gradients"

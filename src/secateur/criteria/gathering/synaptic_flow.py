@@ -52,5 +52,12 @@ def synaptic_flow(network: nn.Module, targets: Targets, inputs: Any) -> dict[str
         if not bool(total.isfinite()):
             raise DataError(f"synaptic_flow: the summed output is {float(total)} even in float64; expected a number")
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
+    # A layer without weights lets nothing through, rightly; with weights in every layer something else is wrong.
+    closed = not any(g is not None and bool(g.any()) for g in gradients)
+    if closed and all(bool(w.any()) for w in weights):
+        raise DataError(
+            "synaptic_flow: nothing flows from the input to the output, so every score would be 0; BatchNorm means "
+            "larger than what reaches them close the network: score it before training, or choose another criterion"
+        )
     found = zip(targets, weights, gradients, strict=True)
     return {t.name: (w.detach() * g).abs_() for t, w, g in found if g is not None}
