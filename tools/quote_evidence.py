@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, CRITERIA, BENCH = "evidence/demo/accuracy.md", "evidence/digits-criteria/accuracy.md", "benchmarks/README.md"
+METHODS = "evidence/digits-methods/accuracy.md"
 NONE = "Not yet measured."
 
 # card -> rows of the demo's tables (methods) or of the criteria's table, and rows of the benchmark tables
@@ -21,6 +22,29 @@ EVIDENCE = {
     },
     "magnitude": (CRITERIA, ["magnitude", "random"]),
     "random": (CRITERIA, ["magnitude", "random"]),
+    **{
+        name: (METHODS, ["magnitude alone", "random", *labels])
+        for name, labels in {
+            "lamp": ["LAMP"],
+            "apoz": ["APoZ"],
+            "wanda": ["Wanda"],
+            "oracle": ["oracle"],
+            "learned": ["variational dropout", "L0 (units)", "Smallify (units)"],
+            "l0": ["L0 (units)"],
+            "smallify": ["Smallify (units)"],
+            "variational_dropout": ["variational dropout"],
+            "l1": ["L1"],
+            "irrelevance": ["irrelevance"],
+            "soft_filter_pruning": ["SFP", "ASFP"],
+            "pgmpf": ["PGMPF"],
+            "gradual_pruning": ["gradual (weights)"],
+            "mask_pool": ["mask pool"],
+            "network_slimming": ["network slimming"],
+            "snip": ["SNIP score", "SNIP at init", "random at init"],
+            "grasp": ["GraSP score", "GraSP at init", "random at init"],
+            "synflow": ["SynFlow score", "SynFlow at init", "random at init"],
+        }.items()
+    },
 }
 COST = {
     "dropout": ["plain step", "dropout, weight", "dropout, unit"],
@@ -28,22 +52,34 @@ COST = {
     "ddrop": ["plain step", "ddrop", "ddrop with L1"],
     "magnitude": ["speed-up: global_unstructured", "speed-up: ours, same rule", "extra memory: ours, same rule"],
     "mean_activation": ["plain forward", "mean \\|a\\|"],
+    "mask_pool": ["plain step", "mask pool"],
+    "l1": ["plain step", "l1"],
+    "soft_filter_pruning": ["plain step", "soft filter pruning"],
+    "pgmpf": ["plain step", "pgmpf"],
+    "l0": ["plain step", "l0, unit", "l0, weight"],
+    "smallify": ["plain step", "smallify, unit"],
+    "variational_dropout": ["plain step", "variational dropout"],
 }
 ABOUT = {
     DEMO: "Digits, `digits_cnn`, paired seeds, `top1` in percent with its interval; recipe `demo`.",
     CRITERIA: "Digits, `digits_cnn`, plainly trained, units removed, `top1` in percent with its interval; recipe "
     "`digits-criteria`.",
+    METHODS: "Digits, `digits_cnn`, five paired seeds, `top1` in percent with its interval; recipe `digits-methods`.",
 }
 
 
 def quote(file: str, wanted: list[str]) -> str:
-    """The tables of `file` that have a wanted row, with only those rows, between the markers that the tests read."""
+    """The tables of `file` that have a wanted row, with only those rows, between the markers that the tests read.
+
+    A row of the table of methods is wanted by its method, others also by their criterion or variant.
+    """
+    cells = slice(1, 2) if file == METHODS else slice(1, 4)
     blocks, table = [], []
     for line in [*(ROOT / file).read_text().splitlines(), ""]:
         if line.startswith("|"):
             table.append(line)
             continue
-        rows = [r for r in table[2:] if any(cell.strip() in wanted for cell in re.split(r"(?<!\\)\|", r)[1:4])]
+        rows = [r for r in table[2:] if any(cell.strip() in wanted for cell in re.split(r"(?<!\\)\|", r)[cells])]
         if rows:
             blocks.append("\n".join([*table[:2], *rows]))
         table = []

@@ -16,11 +16,11 @@ def test_every_public_name_is_there(name):
     assert name in dir(secateur)
 
 
-def test_the_public_names_are_sorted_and_told_to_type_checkers():
+def test_the_public_names_are_told_to_type_checkers_once():
     import ast
     from pathlib import Path
 
-    assert list(secateur.__all__) == sorted(secateur.__all__)
+    assert len(set(secateur.__all__)) == len(secateur.__all__)
     tree = ast.parse(Path(secateur.__file__).read_text())
     typed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert set(secateur.__all__) <= typed
