@@ -32,10 +32,14 @@ def accuracy_tables(result: dict[str, Any]) -> str:
         title = f"pruned by {granularity}" + (", trained again" if again else "")
         lines += ["", f"| {title} | criterion | " + " | ".join(f"{s:.1%}" for s in sparsities) + " |"]
         lines += ["|---|---|" + "---|" * len(sparsities)]
-        for method, criterion in dict.fromkeys((r["method"], r["criterion"]) for r in own):
-            here = [r for r in own if (r["method"], r["criterion"]) == (method, criterion)]
+        arms = dict.fromkeys((r["method"], r["criterion"], r["scope"]) for r in own)
+        for arm in arms:
+            here = [r for r in own if (r["method"], r["criterion"], r["scope"]) == arm]
             at = [[r for r in here if round(r["sparsity_asked"], 6) == sparsity] for sparsity in sparsities]
-            lines.append(f"| {method} | {criterion} | " + " | ".join(map(_cell, at)) + " |")
+            method, criterion, scope = (part.replace("|", "\\|") for part in arm)
+            scoped = sum(other[:2] == arm[:2] for other in arms) > 1
+            name = f"{criterion} ({scope})" if scoped else criterion
+            lines.append(f"| {method} | {name} | " + " | ".join(map(_cell, at)) + " |")
     return "\n".join(lines) + "\n"
 
 

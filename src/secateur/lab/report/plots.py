@@ -21,12 +21,14 @@ from secateur.lab.statistics import mean_interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Line", "Style", "accuracy", "curves", "latency", "limits", "lines", "styles"]
+__all__ = ["Line", "Style", "accuracy", "curves", "latency", "limits", "lines", "pages", "styles"]
 
 _MARKERS = ("o", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _CONTROL_DASH = (0, (3.5, 2))
 _RING: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.2}
+# More lines than this beside the control cannot be told apart in one figure.
+_AT_ONCE = 6
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,35 @@ def lines(result: Result, panel: Panel) -> list[Line]:
             style = Style(style.color, marker, _DASHES[again % 4])
         found.append(Line(arm, arm.label, style))
     return found
+
+
+def pages(result: Result, panel: Panel) -> list[tuple[str, list[Line]]]:
+    """A panel's lines with the end of a title, over several figures where one would be a tangle.
+
+    Each figure then shows the control and a few others, those that kept most on average first.
+    """
+    drawn = lines(result, panel)
+    if len(drawn) <= _AT_ONCE + 1:
+        return [("", drawn)]
+    control = next((line for line in drawn if line.style.color == INK), drawn[0])
+    others = sorted((line for line in drawn if line is not control), key=lambda line: -_kept(line.arm))
+    parts = [others[at : at + _AT_ONCE] for at in range(0, len(others), _AT_ONCE)]
+    return [
+        (f", {number} of {len(parts)} (best first)", [control, *(_colored(line, i) for i, line in enumerate(part))])
+        for number, part in enumerate(parts, start=1)
+    ]
+
+
+def _kept(arm: Arm) -> float:
+    """Mean accuracy over all sparsities above zero and all seeds."""
+    found = [value for sparsity in arm.points if sparsity > 0 for value in arm.top1(sparsity).values()]
+    return sum(found) / len(found) if found else 0.0
+
+
+def _colored(line: Line, index: int) -> Line:
+    return Line(
+        line.arm, line.label, Style(COLORS[index % len(COLORS)][0], _MARKERS[index % 7], _DASHES[index // len(COLORS)])
+    )
 
 
 def _by_arm(panel: Panel) -> list[Line]:

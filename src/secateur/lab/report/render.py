@@ -107,9 +107,11 @@ def _run(name: str, result: Result, prefix: str, pictures: list[Picture]) -> dic
     timed: list[Picture] = []
     for panel in result.panels:
         slug = _slug(panel.granularity) + ("-trained-again" if panel.retrained else "")
-        title, lines = panel.title[:1].upper() + panel.title[1:], plots.lines(result, panel)
-        drawn.append(plots.accuracy(f"{prefix}accuracy-{slug}", title, lines, chance, shared))
-        timed += plots.latency(f"{prefix}latency-{slug}", title, lines, chance)
+        title = panel.title[:1].upper() + panel.title[1:]
+        for number, (part, lines) in enumerate(plots.pages(result, panel), start=1):
+            name = f"{prefix}accuracy-{slug}" + (f"-{number}" if part else "")
+            drawn.append(plots.accuracy(name, title + part, lines, chance, shared))
+        timed += plots.latency(f"{prefix}latency-{slug}", title, plots.lines(result, panel), chance)
     curves = plots.curves(f"{prefix}training", result)
     pictures += [*drawn, *timed, *curves]
     provenance = result.provenance or {}

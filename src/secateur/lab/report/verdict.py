@@ -20,6 +20,7 @@ __all__ = ["ALPHA", "MARGIN", "Comparison", "Section", "Verdict", "compare", "ju
 ALPHA = 0.05
 MARGIN = 0.01  # "within one point of dense"
 _INTERVAL = "95 % interval"
+_MANY = 6  # arms of a panel that need an overview
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def judge(result: Result) -> Verdict:
     sections = [_before(result)]
     for panel in result.panels:
         lines = [_picked([c for c in comparisons if c.panel is panel and c.arm is arm]) for arm in panel.arms]
+        lines.insert(0, _overview([c for c in comparisons if c.panel is panel]))
         sections.append(Section(_capital(panel.title), tuple(filter(None, lines)), brief=True))
     for panel in result.panels:
         lines = [_reach(result, arm) for arm in panel.arms]
@@ -225,6 +227,21 @@ def _picked(own: Sequence[Comparison]) -> str:
     if resolved:
         return f"{sentence}; resolved at {len(resolved)} of {top.sparsities}."
     return sentence + (" (the interval is before correction)." if top.interval.resolved else ".")
+
+
+def _overview(own: Sequence[Comparison]) -> str:
+    """Which of many arms are above the control and which are not, before each has its sentence."""
+    names = list(dict.fromkeys(item.name for item in own))
+    if len(names) <= _MANY:
+        return ""
+    signs = {name: {item.interval.mean > 0 for item in own if item.name == name and item.resolved} for name in names}
+    groups = {
+        "More than the control at some sparsity": [n for n in names if signs[n] == {True}],
+        "less": [n for n in names if signs[n] == {False}],
+        "both": [n for n in names if len(signs[n]) == 2],
+        "not resolved": [n for n in names if not signs[n]],
+    }
+    return "; ".join(f"{word}: {', '.join(found)}" for word, found in groups.items() if found) + "."
 
 
 def _before(result: Result) -> Section:
