@@ -313,6 +313,6 @@ def test_a_compiled_model_that_ran_before_is_no_silent_no_op():
     compiled(_x(4, 3))
     with MaskPoolDropout().attach(compiled) as attachment:
         compiled(_x(4, 3))
-        with pytest.raises(NoEffectError, match="call torch.compiler.reset\\(\\) after attaching"):
+        with pytest.raises(NoEffectError, match=r"call torch.compiler.reset\(\) after attaching"):
             attachment.after_step(Progress(1, 2, 1))
     torch._dynamo.reset()
