@@ -288,9 +288,14 @@ def test_other_hooks_on_a_layer_still_act(granularity):
 def test_it_goes_with_weight_noise():
     network = nn.Sequential(nn.Linear(3, 2))
     with L0().attach(network) as gates, TargetedDropout(gamma=0.5, alpha=1.0).attach(network) as noise:
+        before = network[0].weight.detach().clone()
         (network(torch.randn(2, 3)).sum() + gates.penalty()).backward()
         noise.after_step(Progress(1, 2, 1))
         gates.after_step(Progress(1, 2, 1))
+        assert torch.equal(network[0].weight, before), "plain weights come back"
+        smallest = before.abs().argmin(1, keepdim=True)
+        assert bool((network[0].weight.grad.gather(1, smallest) == 0).all()), "the dropped weight got a gradient"
+        assert all(bool((p.grad != 0).any()) for p in gates.learned.values())
 
 
 @pytest.mark.parametrize(
