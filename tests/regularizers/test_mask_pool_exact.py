@@ -58,7 +58,7 @@ def _targets(network):
 
 
 def test_it_equals_the_masks_written_into_the_network_by_hand():
-    network, x = _network(), _x(4, 2, 5, 5)
+    network, x = _network().double(), _x(4, 2, 5, 5).double()
     twin = copy.deepcopy(network)
     with MaskPoolDropout(drop_rate=0.4, pool=3).attach(network, _targets(network), seed=5) as attachment:
         taken = set()
@@ -69,7 +69,7 @@ def test_it_equals_the_masks_written_into_the_network_by_hand():
             taken.add(attachment.mask_seed)
             for target in _targets(network):
                 kept = unit_mask(attachment.mask_seed, target.name, target.units, 0.4)
-                twin.factors[target.module] = kept / 0.6
+                twin.factors[target.module] = kept.double() / 0.6
             expected = twin(x)
             torch.testing.assert_close(out, expected)
             out.square().sum().backward()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.core.duration import Progress
 from secateur.core.schedule import keep_prob_at
@@ -16,6 +17,7 @@ from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import Regularizer
 from secateur.regularizers.ddrop import DDrop, keep_probabilities
 from secateur.regularizers.parallel import data_rank
+from secateur.regularizers.substitute import multiply_units
 from secateur.regularizers.unit_sites import Site, find_sites, over_units
 
 if TYPE_CHECKING:
@@ -27,8 +29,11 @@ __all__ = ["ChannelNoise", "RankedChannelDropout", "ScaledChannelDropout"]
 class ChannelNoise(Attachment):
     """Multiplies what each target's units put out by a mask `[1 or samples, units]` in training mode.
 
-    `sites` says where; it is found in the first forward pass unless a subclass knows better.
+    `sites` says where; it is found in the first forward pass unless a subclass knows better. `per_sample`: masks have
+    a row for every sample.
     """
+
+    per_sample = False
 
     def __init__(self, spec: Regularizer, model: nn.Module, targets: Targets | None, seed: int, method: str) -> None:
         super().__init__(spec, model, targets, seed)
@@ -57,8 +62,7 @@ class ChannelNoise(Attachment):
     def place(self, sites: dict[str, Site]) -> None:
         self.sites = sites
         for name, site in sites.items():
-            module = self.network.get_submodule(site.module)
-            self._handles.append(module.register_forward_hook(Hook(self._output_hook(name, site))))
+            self._handles += self.act_at(self.network.get_submodule(site.module), name, site)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.locate(args, kwargs)
@@ -71,25 +75,36 @@ class ChannelNoise(Attachment):
     def end(self) -> None:
         self._masks.clear()
 
-    def _output_hook(self, name: str, site: Site) -> Any:
+    def act_at(self, module: nn.Module, name: str, site: Site) -> list[RemovableHandle]:
+        """The hooks that multiply one target's units there."""
+
         def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            mask = self._mask(module, name, output)
+            mask = self._mask_for(module, name, output)
             # In place: no layer here needs its output to go backward, and a second copy would cost time and memory.
             return None if mask is None else output.mul_(over_units(mask, output, site.axis))
 
-        return drop
+        def shared(module: nn.Module) -> Tensor | None:
+            mask = self._mask(module, name)
+            return None if mask is None else mask[0]
 
-    def _mask(self, module: nn.Module, name: str, output: Tensor) -> Tensor | None:
+        if self.per_sample:
+            return [module.register_forward_hook(Hook(drop))]
+        return multiply_units(module, self.targets[name], site.axis, shared)
+
+    def _mask(self, module: nn.Module, name: str) -> Tensor | None:
         # A missing mask means an evaluation or a pass without gradients.
         if not (module.training or self.is_sampling) or name not in self._masks:
             return None
-        mask = self._masks[name]
-        if len(mask) not in (1, len(output)):
+        self._acted = True
+        return self._masks[name]
+
+    def _mask_for(self, module: nn.Module, name: str, output: Tensor) -> Tensor | None:
+        mask = self._mask(module, name)
+        if mask is not None and len(mask) not in (1, len(output)):
             raise UsageError(
                 f'{self._method}: layer "{name.rpartition(".")[0]}" sees {len(output)} samples where the batch has '
                 f"{len(mask)}; where a network folds other dimensions into its batch, use per_sample=False"
             )
-        self._acted = True
         return mask
 
     def after_step(self, progress: Progress) -> None:
@@ -110,7 +125,7 @@ class RankedChannelDropout(ChannelNoise):
         self, spec: DDrop | DDropScale, model: nn.Module, targets: Targets | None, seed: int, method: str = "ddrop"
     ) -> None:
         super().__init__(spec, model, targets, seed, method)
-        self._ddrop = spec
+        self._ddrop, self.per_sample = spec, spec.per_sample
         self._gamma = spec.acts_on == "norm"
         if not self._gamma:
             self._expect_units()
@@ -124,13 +139,13 @@ class RankedChannelDropout(ChannelNoise):
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if not inputs:
             raise UsageError(f"{self._method}: the model is called without a tensor, so the batch size is unknown")
-        self._draw(inputs[0].shape[0] if self._ddrop.per_sample else 1)
+        self._draw(inputs[0].shape[0] if self.per_sample else 1)
 
     @torch.no_grad()
     def _draw(self, samples: int) -> None:
         keep = torch.cat([self._keep(t) for t in self.targets])
         # All processes draw the whole batch, and each takes its own samples: so their streams stay equal.
-        rank, ranks = data_rank() if self._ddrop.per_sample else (0, 1)
+        rank, ranks = data_rank() if self.per_sample else (0, 1)
         drawn = self.stream.bernoulli((ranks * samples, keep.numel()), keep)
         mask = drawn[rank * samples : (rank + 1) * samples].to(keep.dtype)
         if self._ddrop.rescale:
@@ -191,16 +206,16 @@ class ScaledChannelDropout(RankedChannelDropout):
     def _score(self, target: Target) -> Tensor:
         return self._scales[target.name].detach().abs()
 
-    def _output_hook(self, name: str, site: Site) -> Any:
+    def act_at(self, module: nn.Module, name: str, site: Site) -> list[RemovableHandle]:
         scale = self._scales[name]
 
         def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            factor, mask = scale.unsqueeze(0), self._mask(module, name, output)
+            factor, mask = scale.unsqueeze(0), self._mask_for(module, name, output)
             if mask is not None:
                 factor = factor * mask
             return output * over_units(factor, output, site.axis).to(output.dtype)
 
-        return drop
+        return [module.register_forward_hook(Hook(drop))]
 
     def penalty(self) -> Tensor | float:
         if not self._ddrop.l1:

@@ -9,18 +9,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.core.duration import Progress
 from secateur.core.masks import Masks
 from secateur.core.seeds import keyed_generator
 from secateur.core.targets import Target, Targets
 from secateur.errors import CheckpointError
-from secateur.regularizers.attachment import Attachment, Hook
+from secateur.regularizers.attachment import Attachment
 from secateur.regularizers.l0 import L0
-from secateur.regularizers.layers import layer_output, layers_of, only_input, per_unit, refuse_unsupported
+from secateur.regularizers.layers import layers_of, refuse_unsupported
 from secateur.regularizers.seeded import draw_seeds, seeded_uniform
 from secateur.regularizers.smallify import Smallify
 from secateur.regularizers.stream import NoiseStream
+from secateur.regularizers.substitute import multiply_units, substitute
+from secateur.regularizers.unit_sites import own_site
 
 __all__ = ["Gates", "HardConcreteGates", "SignGates", "hard_concrete", "keep_probability", "sign_statistics"]
 
@@ -64,8 +67,7 @@ def sign_statistics(sign: Tensor, mean: Tensor, variance: Tensor, decay: float) 
 class Gates(Attachment):
     """Multiplies every target's units (output and bias alike) or weights by gates with a learned parameter.
 
-    Unit gates multiply the layer's output. Weight gates need the layer computed from gated weights: a hook computes
-    it again, and the layer's own output is dropped (a compiler removes the unused computation).
+    The layer computes with the gated weights in place of its own.
     """
 
     leaf: ClassVar[str]
@@ -81,9 +83,7 @@ class Gates(Attachment):
             self.learn(target.module, self.leaf, initial.to(weight.device, weight.dtype))
         for target in self.targets:
             for layer in layers_of(self.network, target):
-                # A recomputed output comes first, or it would undo what other hooks have made of the layer's own.
-                hook = Hook(self._unit_hook(target) if self._by_unit else self._weight_hook(target))
-                self._handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=not self._by_unit))
+                self._handles += self._gate(layer, target)
 
     @abstractmethod
     def initial(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -98,18 +98,13 @@ class Gates(Attachment):
         found: nn.Parameter = getattr(self.network.get_submodule(target.module), self.leaf)
         return found
 
-    def _unit_hook(self, target: Target) -> Any:
-        def multiply(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            return output * per_unit(layer, self.gate(target, layer.training), output)
+    def _gate(self, layer: nn.Module, target: Target) -> list[RemovableHandle]:
+        def gated(module: Any, x: Tensor) -> dict[str, Tensor]:
+            return {"weight": module.weight * self.gate(target, module.training)}
 
-        return multiply
-
-    def _weight_hook(self, target: Target) -> Any:
-        def compute(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            weight = layer.weight * self.gate(target, layer.training)
-            return layer_output(layer, only_input(args, kwargs), weight, layer.bias, output.shape)
-
-        return compute
+        if not self._by_unit:
+            return substitute(layer, gated)
+        return multiply_units(layer, target, own_site(target).axis, lambda module: self.gate(target, module.training))
 
     @torch.no_grad()
     def finalize(self) -> Masks:

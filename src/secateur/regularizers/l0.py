@@ -37,7 +37,8 @@ class L0(Regularizer):
     of gates is drawn for the whole batch, and the prior on biases, which the published code rewards, is left out.
 
     Randomness: the attachment's own stream gives one seed a target and step, outside the graph.
-    Cost: `"unit"`: one multiplication per output. `"weight"`: the layers run twice forward, unless compiled.
+    Cost: one multiplication per regularized weight, and one copy of them until the backward pass; `"unit"`: per output
+        where these are fewer.
 
     Reference: Louizos, Welling, Kingma 2018, "Learning Sparse Neural Networks through L0 Regularization",
     equations 10-13.
@@ -51,7 +52,7 @@ class L0(Regularizer):
     state: ClassVar[str] = "log_alpha of each gate, noise stream"
     summary: ClassVar[str] = "learned hard-concrete gates, a penalty on their expected number"
     paper: ClassVar[str] = "Louizos et al. 2018"
-    cost: ClassVar[str] = "unit: a product per output; weight: a second forward pass of the layers"
+    cost: ClassVar[str] = "a product per weight, in the graph"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor >= 0):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from secateur.core.targets import Target, Targets
 from secateur.errors import UsageError
 
-__all__ = ["layer_output", "layers_of", "only_input", "per_unit", "refuse_unsupported"]
+__all__ = ["layer_output", "layers_of", "only_input", "refuse_unsupported"]
 
 _PLAIN = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -63,13 +63,6 @@ def only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The tensor a layer was called with."""
     x: Tensor = args[0] if args else kwargs["input"]
     return x
-
-
-def per_unit(layer: nn.Module, values: Tensor, output: Tensor) -> Tensor:
-    """`values` `[units]` of the output's dtype, shaped to broadcast against the layer's output."""
-    values = values.to(output.dtype)
-    spatial = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # type: ignore[arg-type]
-    return values.reshape(-1, *([1] * spatial))
 
 
 def layer_output(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: torch.Size) -> Tensor:

@@ -36,7 +36,8 @@ class MaskPoolDropout(Regularizer):
     beginning of one mask, and the order of the data repeats.
 
     Randomness: which seed is taken comes from the attachment's own stream; the masks from their seeds alone, on every
-        device the same. Cost: one multiplication per activation of the regularized layers, and one forward pass at
+        device the same. Cost: one multiplication per parameter of the BatchNorm, or of the layer where none follows
+        (then with a copy of it until the backward pass; per output where these are fewer), and one forward pass at
         the start that finds out where a BatchNorm follows.
 
     Reference: mask-guided structured pruning (thesis), equations 12-14 with p = drop_rate, section 3.2 (pool).
@@ -49,7 +50,7 @@ class MaskPoolDropout(Regularizer):
     state: ClassVar[str] = "noise stream, drop rate"
     summary: ClassVar[str] = "drops units by masks from a pool of seeds"
     paper: ClassVar[str] = "mask-guided pruning (thesis)"
-    cost: ClassVar[str] = "a mask of the layer outputs each step"
+    cost: ClassVar[str] = "a mask of the BatchNorm or layer weights each step"
 
     def __post_init__(self) -> None:
         check_drop_rate(self.drop_rate)

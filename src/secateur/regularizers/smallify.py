@@ -35,7 +35,8 @@ class Smallify(Regularizer):
     the weights at the end.
 
     Randomness: gates start uniform in (0, 1], from the seed and the target's name; nothing is drawn later.
-    Cost: `"unit"`: one multiplication per output. `"weight"`: the layers run twice forward, unless compiled.
+    Cost: one multiplication per regularized weight, and one copy of them until the backward pass; `"unit"`: per output
+        where these are fewer.
 
     Reference: Leclerc et al. 2018, "Smallify: Learning Network Size while Training".
     """
@@ -50,7 +51,7 @@ class Smallify(Regularizer):
     state: ClassVar[str] = "each gate, mean and variance of its sign, whether it is closed"
     summary: ClassVar[str] = "L1 on learned gates, closed for good when their sign changes"
     paper: ClassVar[str] = "Leclerc et al. 2018"
-    cost: ClassVar[str] = "unit: a product per output; weight: a second forward pass of the layers"
+    cost: ClassVar[str] = "a product per weight, in the graph"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor >= 0):

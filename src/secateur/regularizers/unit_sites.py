@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.core.targets import Target, Targets
 from secateur.errors import UsageError
 
-__all__ = ["Site", "find_norms", "find_sites", "over_units"]
+__all__ = ["Site", "find_norms", "find_sites", "over_units", "own_site"]
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 # Each unit of the result depends on the same unit of the input alone, and lies where it lay.
@@ -43,6 +43,11 @@ class Site(NamedTuple):
     axis: int
 
 
+def own_site(target: Target) -> Site:
+    """The output of the target's own layer."""
+    return Site(target.module, -1 if target.kind == "linear" else 1 - len(target.shape))
+
+
 def over_units(factor: Tensor, output: Tensor, axis: int) -> Tensor:
     """`factor`, `[1 or samples, units]`, as a view that broadcasts against `output`, whose units lie along `axis`."""
     shape = [1] * output.dim()
@@ -62,7 +67,7 @@ def find_sites(
     sees the units in another order, a GroupNorm) is a `UsageError` that names the layer.
     """
     if not any(network.children()):
-        return {t.name: _own(t) for t in targets}
+        return {t.name: own_site(t) for t in targets}
     trail = _Trail()
     with torch.no_grad(), _looking(network, targets, trail), trail:
         network.forward(*args, **kwargs)
@@ -92,7 +97,7 @@ def _decide(method: str, network: nn.Module, target: Target, trail: _Trail) -> S
     if ends is None:
         why = "it was not called as a module in a forward pass"
     elif ends == {""}:
-        return _own(target)
+        return own_site(target)
     elif len(ends) > 1:
         why = "a BatchNorm follows it on one way but not on the other"
     else:
@@ -106,10 +111,6 @@ def _decide(method: str, network: nn.Module, target: Target, trail: _Trail) -> S
         else:
             return Site(norm, 1)
     raise UsageError(f'{method}: where to multiply the units of layer "{target.module}" is unsure: {why}; exclude it')
-
-
-def _own(target: Target) -> Site:
-    return Site(target.module, -1 if target.kind == "linear" else 1 - len(target.shape))
 
 
 class _Followed(NamedTuple):

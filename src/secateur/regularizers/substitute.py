@@ -1,0 +1,84 @@
+"""Other tensors in a layer's place of its parameters while it runs: inside the graph, and for that time only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from secateur.core.targets import Target
+from secateur.regularizers.attachment import Hook
+from secateur.regularizers.layers import only_input
+from secateur.regularizers.unit_sites import over_units
+
+__all__ = ["multiply_units", "substitute"]
+
+
+def substitute(layer: nn.Module, make: Callable[[Any, Tensor], Mapping[str, Tensor]]) -> list[RemovableHandle]:
+    """Run `layer` with `make(layer, input)`, by parameter name, in place of its own weight or bias.
+
+    Gradients flow through the tensors made, so that a factor in them is learned like any parameter. Works under
+    `torch.compile`.
+    """
+    own: dict[str, nn.Parameter | None] = {}
+
+    def put(module: nn.Module, args: Any, kwargs: Any) -> None:
+        made: Any = make(module, only_input(args, kwargs))
+        for name, tensor in made.items():
+            own[name] = module._parameters[name]
+            module._parameters[name] = tensor
+
+    def put_back(module: nn.Module, *_: Any) -> None:
+        module._parameters.update(own)
+        own.clear()
+
+    return [
+        layer.register_forward_pre_hook(Hook(put), with_kwargs=True),
+        layer.register_forward_hook(Hook(put_back), always_call=True),
+    ]
+
+
+def multiply_units(
+    layer: nn.Module, target: Target, axis: int, factor: Callable[[nn.Module], Tensor | None]
+) -> list[RemovableHandle]:
+    """Multiply the target's units by `factor(layer)`, `[units]`, where `layer` puts them out; None leaves them.
+
+    In the weight and bias of `layer` where these are fewer numbers than its outputs, as they mostly are; else in
+    the outputs, in place if the factor is not learned.
+
+    Args:
+        layer: the target's, or the BatchNorm behind it.
+        axis: of the layer's outputs, along which the units lie.
+    """
+
+    def in_weight(module: Any, x: Tensor) -> bool:
+        if module.weight is None:
+            return False
+        if module.weight.dim() == 1:
+            return True
+        inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+        return x.numel() // inputs > target.fan_in
+
+    # A hook put in by a hook of the same layer takes part only from the next call on.
+    taken = {"in weight": False}
+
+    def make(module: Any, x: Tensor) -> dict[str, Tensor]:
+        taken["in weight"] = in_weight(module, x)
+        value = factor(module) if taken["in weight"] else None
+        if value is None:
+            return {}
+        made = {"weight": module.weight * (value if module.weight.dim() == 1 else target.spread(value))}
+        return made if module.bias is None else {**made, "bias": module.bias * value}
+
+    def multiply(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        value = None if taken["in weight"] else factor(module)
+        taken["in weight"] = False
+        if value is None:
+            return None
+        value = over_units(value.unsqueeze(0), output, axis).to(output.dtype)
+        # No layer here needs its output to go backward, and a second copy would cost time and memory.
+        return output * value if value.requires_grad else output.mul_(value)
+
+    return [*substitute(layer, make), layer.register_forward_hook(Hook(multiply))]
