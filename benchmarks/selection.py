@@ -1,15 +1,17 @@
-"""Exact global magnitude masks at 90 % sparsity, against torch.nn.utils.prune.global_unstructured.
+"""Exact global magnitude masks at 90 % sparsity, against torch.nn.utils.prune.global_unstructured; LAMP against ours.
 
     python benchmarks/selection.py [--rounds 7] [--json FILE]
 
 Times the call a user makes (score, select, masks) on the weights of ResNet-18 (11 M) and ResNet-50 (25 M),
-checks that both give the identical mask, and measures how far resident memory rises while it runs.
+checks that both give the identical mask, and measures how far resident memory rises while it runs. LAMP is timed
+against our own magnitude under the same rule, and its masks are checked against those of its complete scores.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from secateur.core.masks import Masks
+from secateur.criteria.lamp import Lamp
 from secateur.criteria.magnitude import Magnitude
 from secateur.sparsify.ranking import SelectionRule, rank
 
@@ -36,6 +39,20 @@ def by_secateur(model: nn.Module) -> Masks:
 def by_default(model: nn.Module) -> Masks:
     """As users call it: every layer keeps at least one weight."""
     return rank(model, Magnitude(), granularity="weight", rule=DEFAULT).masks(SPARSITY)
+
+
+def by_lamp(model: nn.Module) -> Masks:
+    return rank(model, Lamp(), granularity="weight", rule=LIKE_PEER).masks(SPARSITY)
+
+
+def by_lamp_default(model: nn.Module) -> Masks:
+    return rank(model, Lamp(), granularity="weight", rule=DEFAULT).masks(SPARSITY)
+
+
+def by_complete_scores(model: nn.Module, rule: SelectionRule) -> Masks:
+    """LAMP by its definition: every weight's score, then the lowest of them."""
+    ranking = rank(model, Lamp(), granularity="weight", rule=rule)
+    return replace(ranking, cells=dict(ranking.cells)).masks(SPARSITY)
 
 
 def by_torch(model: nn.Module) -> Masks:
@@ -86,14 +103,37 @@ def measure(case: str, name: str, rounds: int) -> list[Row]:
     return rows
 
 
+def measure_lamp(case: str, name: str, rounds: int) -> list[Row]:
+    pairs = {
+        "lamp, global": (by_lamp, by_secateur, LIKE_PEER),
+        "lamp, min_keep=1": (by_lamp_default, by_default, DEFAULT),
+    }
+    model = network(name)
+    size = 4 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    rows = []
+    for label, (lamp, magnitude, rule) in pairs.items():
+        note = "mask identical" if lamp(model) == by_complete_scores(model, rule) else "mask DIFFERS"
+        times = timed_rounds(
+            {"lamp": lambda run=lamp: run(model), "magnitude": lambda run=magnitude: run(model)}, rounds
+        )
+        ratio = ratios(times["lamp"], times["magnitude"])
+        extra = peak_extra_bytes(on_network, lamp, name) / size
+        took = median(times["lamp"])
+        rows.append(Row(case, f"over magnitude: {label}", took, *ratio, 3.0, note=note))
+        rows.append(Row(case, f"extra memory: {label}", took, extra, extra, extra, 0.3))
+    return rows
+
+
 def main() -> None:
     asked = parser(__doc__, rounds=7).parse_args()
     steady()
-    rows = [row for case, name in NETWORKS.items() for row in measure(case, name, asked.rounds)]
-    title = "Global magnitude masks, 90 %: speed-up over the peer; extra memory in multiples of the weights"
+    rows = []
+    for case, name in NETWORKS.items():
+        rows += measure(case, name, asked.rounds) + measure_lamp(case, name, asked.rounds)
+    title = "Global masks, 90 %: speed-up over the peer, time over magnitude; extra memory in multiples of the weights"
     report(title, rows, asked.rounds, asked.json)
     if any("DIFFERS" in row.note for row in rows):
-        raise SystemExit("masks differ from the peer's")
+        raise SystemExit("masks differ from the peer's, or from those of the complete scores")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ slower; `torch.topk` and `kthvalue` are no better at these sizes).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.core.cells import Array, Cells
 from secateur.core.seeds import keyed_numpy
-from secateur.errors import DataError, UnknownNameError, UsageError
+from secateur.errors import UnknownNameError, UsageError
 
 __all__ = ["Rounding", "Scope", "Ties", "prune_count", "select"]
 
@@ -28,10 +29,8 @@ Scope = Literal["tensor", "global", "column"]
 Ties = Literal["index", "random"]
 Rounding = Literal["prune_floor", "keep_floor", "nearest"]
 
-_CHUNK = 1 << 17
 _DIRECT = 1 << 18
 _SAMPLE = 1 << 16
-_Array = np.ndarray
 
 
 def prune_count(cells: int, sparsity: float, rounding: Rounding = "prune_floor") -> int:
@@ -97,12 +96,12 @@ def select(
         raise UnknownNameError("tie rule", ties, ["index", "random"])
     if isinstance(sparsity, Mapping) and scope == "global":
         raise UsageError('scope "global" takes one sparsity, got one per tensor; use scope "tensor"')
-    arrays = {name: _Scores(name, tensor, absolute) for name, tensor in scores.items()}
+    arrays = {name: Cells(name, tensor, absolute) for name, tensor in scores.items()}
     if scope == "global":
         total = sum(a.size for a in arrays.values())
         count = min(prune_count(total, float(sparsity), rounding), total - _protected(arrays, min_keep))  # type: ignore[arg-type]
         keep = _lowest_pruned(list(arrays.values()), count, ties, seed, min_keep)
-        return {name: _as_mask(k, scores[name]) for (name, k) in zip(arrays, keep, strict=True)}
+        return {name: array.as_mask(k) for (name, array), k in zip(arrays.items(), keep, strict=True)}
     chosen: dict[str, Tensor] = {}
     for name, array in arrays.items():
         share = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
@@ -112,58 +111,15 @@ def select(
             (keep_one,) = _lowest_pruned([array], count, ties, seed, 0)
         else:
             keep_one = _lowest_pruned_per_row(array, share, rounding, min_keep, ties, seed)
-        chosen[name] = _as_mask(keep_one, scores[name])
+        chosen[name] = array.as_mask(keep_one)
     return chosen
 
 
-class _Scores:
-    """Read access to one score tensor as flat NumPy chunks, absolute value taken on the way.
-
-    Cells listed in `safe` read as infinite: they are out of the contest.
-    """
-
-    def __init__(self, name: str, tensor: Tensor, absolute: bool) -> None:
-        data = tensor.detach()
-        if data.dtype in (torch.bfloat16, torch.float16):
-            data = data.float()
-        elif not data.is_floating_point():
-            data = data.double()
-        self.name, self.absolute, self.shape = name, absolute, tuple(tensor.shape)
-        self.flat: _Array = data.cpu().contiguous().view(-1).numpy()
-        self.size = int(self.flat.size)
-        self.safe: _Array = np.empty(0, np.intp)
-
-    def chunks(self) -> Iterator[tuple[int, _Array]]:
-        """(offset, values) pieces that fit the cache."""
-        buffer = np.empty(min(_CHUNK, self.size), self.flat.dtype) if self.absolute else None
-        for start in range(0, self.size, _CHUNK):
-            piece = self.flat[start : start + _CHUNK]
-            values = np.abs(piece, out=buffer[: piece.size]) if buffer is not None else piece
-            first, last = np.searchsorted(self.safe, (start, start + _CHUNK))
-            if first < last:
-                values = values.copy()
-                values[self.safe[first:last] - start] = np.inf
-            yield start, values
-
-    def take(self, index: _Array) -> _Array:
-        values = self.flat[index]
-        return np.abs(values) if self.absolute else values
-
-    def all(self) -> _Array:
-        values = np.abs(self.flat) if self.absolute else self.flat.copy()
-        values[self.safe] = np.inf
-        return values
-
-
-def _as_mask(keep: _Array, like: Tensor) -> Tensor:
-    return torch.from_numpy(keep).reshape(like.shape).to(like.device)
-
-
-def _protected(arrays: Mapping[str, _Scores], min_keep: int) -> int:
+def _protected(arrays: Mapping[str, Cells], min_keep: int) -> int:
     return sum(min(min_keep, a.size) for a in arrays.values())
 
 
-def _lowest_pruned(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int, min_keep: int) -> list[_Array]:
+def _lowest_pruned(arrays: Sequence[Cells], count: int, ties: Ties, seed: int, min_keep: int) -> list[Array]:
     """Keep all but the `count` lowest over all arrays; the `min_keep` highest of each array are safe."""
     while True:
         keep = _contest(arrays, count, ties, seed)
@@ -176,14 +132,14 @@ def _lowest_pruned(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int,
             array.safe = np.flatnonzero(best)
 
 
-def _contest(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int) -> list[_Array]:
+def _contest(arrays: Sequence[Cells], count: int, ties: Ties, seed: int) -> list[Array]:
     """Keep all but the `count` lowest over all arrays, and every safe cell."""
     if count == 0:
         for array in arrays:
-            _refuse_nan(array)
+            array.refuse_nan()
         return [np.ones(a.size, bool) for a in arrays]
     threshold, below, equal = _kth_smallest(arrays, count)
-    keep = [_above(a, threshold) for a in arrays]
+    keep = [a.above(threshold) for a in arrays]
     if below + equal > count:
         _settle_ties(arrays, keep, threshold, count - below, ties, seed)
     for array, mask in zip(arrays, keep, strict=True):
@@ -191,23 +147,16 @@ def _contest(arrays: Sequence[_Scores], count: int, ties: Ties, seed: int) -> li
     return keep
 
 
-def _tie_keys(array: _Scores, seed: int) -> _Array:
+def _tie_keys(array: Cells, seed: int) -> Array:
     """A random priority for every cell, the same whatever the sparsity, so that masks stay nested."""
     return keyed_numpy(seed, "ties", array.name).random(array.size)
 
 
-def _above(array: _Scores, threshold: float) -> _Array:
-    keep = np.empty(array.size, bool)
-    for start, values in array.chunks():
-        np.greater(values, threshold, out=keep[start : start + values.size])
-    return keep
-
-
 def _settle_ties(
-    arrays: Sequence[_Scores], keep: Sequence[_Array], threshold: float, prune: int, ties: Ties, seed: int
+    arrays: Sequence[Cells], keep: Sequence[Array], threshold: float, prune: int, ties: Ties, seed: int
 ) -> None:
     """Of the cells equal to the threshold (all marked pruned so far), prune only `prune`; keep the rest."""
-    equal = [_equal_indices(a, threshold) for a in arrays]
+    equal = [a.equal(threshold) for a in arrays]
     if ties == "random":
         owner = np.concatenate([np.full(e.size, i) for i, e in enumerate(equal)])
         index = np.concatenate(equal)
@@ -222,29 +171,13 @@ def _settle_ties(
         prune -= pruned_here
 
 
-def _equal_indices(array: _Scores, threshold: float) -> _Array:
-    found = [start + np.flatnonzero(values == threshold) for start, values in array.chunks()]
-    equal = np.concatenate(found) if found else np.empty(0, np.intp)
-    return np.setdiff1d(equal, array.safe, assume_unique=True) if array.safe.size else equal
-
-
-def _refuse_nan(array: _Scores) -> None:
-    for start, values in array.chunks():
-        if np.isnan(values).any():
-            at = start + int(np.flatnonzero(np.isnan(values))[0])
-            raise DataError(
-                f'scores of "{array.name}" are not numbers: first NaN at flat index {at} of {array.size}; '
-                "the weights or the criterion diverged"
-            )
-
-
-def _kth_smallest(arrays: Sequence[_Scores], k: int) -> tuple[float, int, int]:
+def _kth_smallest(arrays: Sequence[Cells], k: int) -> tuple[float, int, int]:
     """The k-th smallest value (k from 1) over all arrays; how many values are below it, and how many equal it."""
     total = sum(a.size for a in arrays)
     for array in arrays:
         # A NaN makes the sum NaN: one cheap read instead of an isnan mask.
         if bool(torch.from_numpy(array.flat).sum().isnan()):
-            _refuse_nan(array)
+            array.refuse_nan()
     if total <= _DIRECT:
         return _kth_of(np.concatenate([a.all() for a in arrays]), k)
     low, high = _bracket(arrays, k, total)
@@ -276,12 +209,12 @@ def _kth_smallest(arrays: Sequence[_Scores], k: int) -> tuple[float, int, int]:
     return _kth_of(np.concatenate([a.all() for a in arrays]), k)
 
 
-def _kth_of(values: _Array, k: int) -> tuple[float, int, int]:
+def _kth_of(values: Array, k: int) -> tuple[float, int, int]:
     threshold = np.partition(values, k - 1)[k - 1]
     return threshold, int(np.count_nonzero(values < threshold)), int(np.count_nonzero(values == threshold))
 
 
-def _bracket(arrays: Sequence[_Scores], k: int, total: int) -> tuple[float, float]:
+def _bracket(arrays: Sequence[Cells], k: int, total: int) -> tuple[float, float]:
     """Two sampled values that enclose the k-th smallest with overwhelming probability (six standard errors)."""
     generator = np.random.default_rng(0)
     picks = []
@@ -297,11 +230,11 @@ def _bracket(arrays: Sequence[_Scores], k: int, total: int) -> tuple[float, floa
 
 
 def _lowest_pruned_per_row(
-    array: _Scores, sparsity: float, rounding: Rounding, min_keep: int, ties: Ties, seed: int
-) -> _Array:
+    array: Cells, sparsity: float, rounding: Rounding, min_keep: int, ties: Ties, seed: int
+) -> Array:
     if len(array.shape) != 2:
         raise UsageError(f'scope "column" wants scores [rows, cells], got shape {list(array.shape)} for "{array.name}"')
-    _refuse_nan(array)
+    array.refuse_nan()
     rows, width = array.shape
     count = min(prune_count(width, sparsity, rounding), width - min(min_keep, width))
     values = array.all().reshape(rows, width)

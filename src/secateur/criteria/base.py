@@ -83,6 +83,8 @@ class Criterion(ABC):
         granularities: `"weight"` if it scores single weights (it then serves units and blocks too, pooled),
             `"unit"` if it can give one number per unit.
         absolute: the score is the absolute value of what `score` returns (saves a copy of the weights).
+        tail_share: the score is w^2 over the sum of squares of all weights of the target that rank no lower, by |w| and
+            where equal by index. Single weights are then selected without computing scores.
         informed: a dead unit (weights, bias and gamma zero) ranks last; False for controls that ignore the network
             and for scores that say something else by definition.
         temperature: what the network's outputs are divided by for `"hessian_gradient"`.
@@ -93,6 +95,7 @@ class Criterion(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset({"weights"})
     granularities: ClassVar[tuple[str, ...]] = ("weight", "unit")
     absolute: ClassVar[bool] = False
+    tail_share: ClassVar[bool] = False
     informed: ClassVar[bool] = True
     temperature: float = 1.0
     pool: str = "sum"

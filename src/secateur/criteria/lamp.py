@@ -22,7 +22,8 @@ class Lamp(Criterion):
 
     Among equal |w| the lowest index ranks lowest. A layer of zeros scores 0. Sums are taken in float64.
 
-    Cost: no data, one sort of each layer, float64 scores.
+    Cost: no data. Scores take a sort of each layer, in float64; masks of single weights are found without them, in two
+    reads of the weights.
 
     Differs from the paper: its formula gives equal |w| equal scores, its code whatever the sort leaves; here the order
     is fixed. The authors remove a fifth of what remains, fine-tune, and score again; this is the score.
@@ -30,6 +31,7 @@ class Lamp(Criterion):
     Reference: Lee et al. 2021, the definition of the LAMP score in section 2.
     """
 
+    tail_share: ClassVar[bool] = True
     summary: ClassVar[str] = "w^2 over the sum of all larger w^2 in the layer"
     paper: ClassVar[str] = "Lee et al. 2021"
     cost: ClassVar[str] = "no data, one sort of each layer"

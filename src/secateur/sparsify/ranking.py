@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from secateur.core.granularity import Granularity, NofM, Unit, Weight, parse_gra
 from secateur.core.groups import Group, Groups, unit_masks
 from secateur.core.masks import Masks
 from secateur.core.select import Rounding, Scope, Ties, prune_count, select
+from secateur.core.tail_share import TailShares, select_tail_shares
 from secateur.core.targets import Targets, find_targets
 from secateur.criteria.base import Criterion
 from secateur.criteria.driver import Loss, cell_scores, score_targets
@@ -61,7 +62,11 @@ class SelectionRule:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scored cells of every target. `masks(sparsity)` is cheap and exact; sparsities are nested."""
+    """Scored cells of every target. `masks(sparsity)` is cheap and exact; sparsities are nested.
+
+    Criteria that say `absolute` or `tail_share` rank the model's weights themselves, as they are when `masks` is
+    called.
+    """
 
     targets: Targets
     cells: Mapping[str, Tensor]
@@ -75,6 +80,8 @@ class Ranking:
         Raises: `UsageError` for a sparsity outside [0, 1), or one that N:M cannot give.
         """
         prune_count(1, sparsity)
+        if isinstance(self.cells, TailShares) and self.rule.ties == "index":
+            return self._from_weights(self.cells, sparsity)
         if isinstance(self.granularity, NofM):
             keep = self._n_of_m(sparsity)
         else:
@@ -83,6 +90,12 @@ class Ranking:
                 shares = allocate(self.targets, sparsity, self.rule.allocation)
             keep = self._columns(shares) if self.rule.scope == "column" else self._select(self.cells, shares)
         return Masks({t.name: self.granularity.expand(t, keep[t.name]) for t in self.targets})
+
+    def _from_weights(self, cells: TailShares, sparsity: float) -> Masks:
+        """Without scores: inside a target they only repeat the order of |w|."""
+        if self.rule.scope != "global":
+            return replace(self, cells=cells.weights, absolute=True).masks(sparsity)
+        return Masks(select_tail_shares(cells, sparsity, rounding=self.rule.rounding, min_keep=self.rule.min_keep))
 
     def _select(self, cells: Mapping[str, Tensor], shares: float | Mapping[str, float]) -> dict[str, Tensor]:
         return self.rule.select(cells, shares, self.absolute)
@@ -131,14 +144,20 @@ def rank(
             f"granularity {shape} takes scope tensor and allocation uniform, got {rule.scope}, {rule.allocation}"
         )
     chosen = find_targets(model) if targets is None else targets
-    (scores,) = score_targets(model, chosen, [criterion], batches=batches, loss=loss, learned=learned, seed=rule.seed)
-    return Ranking(
-        targets=chosen,
-        cells=cell_scores(criterion, shape, chosen, scores),
-        granularity=shape,
-        rule=rule,
-        absolute=criterion.absolute,
-    )
+
+    def score() -> dict[str, Tensor]:
+        (scores,) = score_targets(
+            model, chosen, [criterion], batches=batches, loss=loss, learned=learned, seed=rule.seed
+        )
+        return cell_scores(criterion, shape, chosen, scores)
+
+    cells: Mapping[str, Tensor]
+    if criterion.tail_share and isinstance(shape, Weight | NofM):
+        weights = {name: parameter.detach() for name, parameter in chosen.tensors(model).items()}
+        cells = TailShares(cell_scores(criterion, shape, chosen, weights), score)
+    else:
+        cells = score()
+    return Ranking(targets=chosen, cells=cells, granularity=shape, rule=rule, absolute=criterion.absolute)
 
 
 @dataclass(frozen=True)
