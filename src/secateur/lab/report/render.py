@@ -88,7 +88,9 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     final = checked.final
     lines.append("")
     if final is None:
-        return [*lines, "Final network: none (the recipe delivers none, or its delivery failed)"]
+        asked = checked.recipe is None or checked.recipe.get("final") is not None
+        why = "its delivery failed; run the recipe again to see why" if asked else 'the recipe has no section "final"'
+        return [*lines, f"Final network: none ({why})"]
     seed = "" if final.seed is None else f", seed {final.seed}"
     lines.append(f"Final network: {final.method}{seed}, cut by {final.granularity or 'granularity not recorded'}")
     lines += [f"  {line}" for line in asked_lines(final)]
