@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secateur.core.statistics import (
+    BOOTSTRAP_FROM,
+    Interval,
+    holm,
+    mean_interval,
+    paired_difference,
+    paired_examples,
+    wilson,
+)
 from secateur.errors import UsageError
-from secateur.lab.statistics import BOOTSTRAP_FROM, Interval, holm, mean_interval, paired_difference, wilson
 
 
 def by_seed(values: np.ndarray | list[float]) -> dict[int, float]:
@@ -215,3 +225,22 @@ def test_negated_keeps_missing_ends() -> None:
 def test_a_difference_of_shares_stays_within_a_hundred_points() -> None:
     found = paired_difference({0: 0.9, 1: 0.1}, {0: 0.2, 1: 0.8}, count=100)
     assert (found.low, found.high) == (-1.0, 1.0)
+
+
+def test_paired_examples_by_hand():
+    a = np.array([True] * 60 + [False] * 40)
+    b = np.array([True] * 50 + [False] * 35 + [True] * 15)
+    # 10 examples only the first is right on, 15 only the second.
+    found = paired_examples(a, b)
+    total, up, down = 102, 10.5, 15.5
+    error = math.sqrt(up + down - (up - down) ** 2 / total) / total
+    assert found.mean == pytest.approx(-0.05)
+    assert found.low == pytest.approx((up - down) / total - 1.959964 * error, abs=1e-6)
+    assert found.high == pytest.approx((up - down) / total + 1.959964 * error, abs=1e-6)
+    assert found.p == pytest.approx(2 * sum(math.comb(25, k) for k in range(11)) / 2**25)
+    assert paired_examples(a, a).p == 1.0
+    assert not paired_examples(a, a).resolved
+    values = paired_examples(np.array([1.0, 2.0, 4.0]), np.array([0.0, 0.5, 3.0]))
+    assert values.mean == pytest.approx(3.5 / 3)
+    with pytest.raises(UsageError, match="expected"):
+        paired_examples(a, b[:3])

@@ -12,7 +12,7 @@ from secateur.core.duration import Progress
 from secateur.core.seeds import keyed_generator
 from secateur.errors import UsageError
 from secateur.regularizers.seeded import normal_like
-from secateur.regularizers.variational import divergence, log_alpha_of
+from secateur.regularizers.variational import _Noisy, _Square, divergence, log_alpha_of
 from secateur.regularizers.variational_dropout import VariationalDropout
 from secateur.testing import check_regularizer
 
@@ -200,3 +200,30 @@ def test_impossible_settings_are_refused(settings, message):
 def test_no_factor_no_penalty():
     with VariationalDropout(factor=0.0).attach(nn.Linear(3, 2)) as attachment:
         assert attachment.penalty() == 0.0
+
+
+def test_noise_on_outputs_equals_the_plain_formula_and_stands_rounding_below_zero():
+    torch.manual_seed(0)
+    mean, variance = torch.randn(300, 500, dtype=torch.float64), torch.rand(300, 500, dtype=torch.float64)
+    seed = torch.tensor(5)
+    noise = normal_like(mean, seed)
+    ours, plain = ([t.clone().requires_grad_() for t in (mean, variance)] for _ in range(2))
+    # The variance is overwritten: what a layer puts out, not a leaf.
+    noisy = _Noisy.apply(ours[0] * 1, ours[1] * 1, seed)
+    torch.testing.assert_close(noisy, plain[0] + plain[1].sqrt() * noise)
+    weights = torch.randn_like(mean)
+    (noisy * weights).sum().backward()
+    ((plain[0] + plain[1].sqrt() * noise) * weights).sum().backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    below = _Noisy.apply(mean.clone(), torch.full_like(mean, -1e-12), seed)
+    torch.testing.assert_close(below, mean + 1e-4 * noise)
+
+
+def test_squares_and_their_gradient():
+    x = torch.randn(40, 7000, dtype=torch.float64, requires_grad=True)
+    squares = _Square.apply(x)
+    assert torch.equal(squares, x.detach() ** 2)
+    weights = torch.randn_like(x)
+    (squares * weights).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach() * weights)

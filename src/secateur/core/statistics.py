@@ -14,14 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from secateur.errors import UsageError
 
-__all__ = ["BOOTSTRAP_FROM", "Interval", "holm", "mean_interval", "paired_difference", "wilson"]
+__all__ = [
+    "BOOTSTRAP_FROM",
+    "Interval",
+    "holm",
+    "mean_interval",
+    "paired_difference",
+    "paired_examples",
+    "wilson",
+]
 
 # Measured coverage of nominal 95 % intervals (t / BCa): normal differences n=10 .96/.91, n=20 .95/.93,
 # n=40 .95/.94; one collapsed run in ten n=10 .65/.63, n=20 .87/.85, n=40 .91/.96. BCa pays from about 40 on.
@@ -186,6 +194,47 @@ def paired_difference(
         low, high, p = min(low, mean - half), max(high, mean + half), max(p, _normal_p(mean / error))
         low, high = max(low, -1.0), min(high, 1.0)  # a difference of two shares
     return Interval(mean, low, high, n, name, p, confidence)
+
+
+def paired_examples(a: NDArray[Any], b: NDArray[Any], confidence: float = 0.95) -> Interval:
+    """Mean of a - b over examples that two networks were both tried on.
+
+    For right and wrong (bool): Agresti and Min's adjusted interval, p from the exact sign test on the examples on
+    which they disagree. For other values: Student's t, p from the same.
+
+    Args:
+        a, b: `[examples]`, of the same examples in the same order.
+
+    Reference: Agresti and Min 2005; McNemar 1947 in its exact form.
+
+    Examples:
+        >>> right = np.array([True] * 90 + [False] * 10)
+        >>> paired_examples(right, np.roll(right, 5)).resolved
+        False
+    """
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise UsageError(f"paired_examples: got shapes {a.shape} and {b.shape}, expected [n] twice, n at least 1")
+    n = a.size
+    if a.dtype == bool and b.dtype == bool:
+        from scipy.stats import binomtest
+
+        ahead, behind = int((a & ~b).sum()), int((b & ~a).sum())
+        # Half a count is added to each of the four cells.
+        total, up, down = n + 2, ahead + 0.5, behind + 0.5
+        center = (up - down) / total
+        error = math.sqrt(max(up + down - (up - down) ** 2 / total, 0.0)) / total
+        half = _normal_quantile(confidence) * error
+        p = float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0
+        low, high = max(-1.0, center - half), min(1.0, center + half)
+        return Interval((ahead - behind) / n, low, high, n, "Agresti-Min, exact sign test", p, confidence)
+    differences = _finite(np.asarray(a, np.float64) - np.asarray(b, np.float64), "paired_examples")  # type: ignore[arg-type]
+    mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    if not error > 0:
+        return Interval(mean, None, None, n, "no interval: no spread", None, confidence)
+    half = _student(n, confidence) * error
+    return Interval(
+        mean, mean - half, mean + half, n, "paired t over examples", _student_p(mean / error, n), confidence
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

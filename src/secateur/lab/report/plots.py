@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from secateur.core.statistics import mean_interval
 from secateur.lab.report.panels import Arm, Panel
 from secateur.lab.report.picture import COLORS, INK, MUTED, Picture, draw_figure, plain
 from secateur.lab.report.schema import Result, Training
 from secateur.lab.report.words import level
-from secateur.lab.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from secateur.core.statistics import Interval, holm, mean_interval, paired_difference
 from secateur.lab.report.panels import Arm, Panel
 from secateur.lab.report.schema import Result
 from secateur.lab.report.tables import Table
 from secateur.lab.report.verdict import ALPHA
 from secateur.lab.report.words import NOT_MEASURED, level, many, percent, points, span
-from secateur.lab.statistics import Interval, holm, mean_interval, paired_difference
 
 __all__ = ["between", "overview", "run_names"]
 

@@ -7,11 +7,11 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from secateur.core.statistics import mean_interval
 from secateur.lab.report.panels import Arm, Panel
 from secateur.lab.report.schema import Result, Row
 from secateur.lab.report.verdict import Comparison
 from secateur.lab.report.words import NOT_MEASURED, amount, level, percent, points, span
-from secateur.lab.statistics import mean_interval
 
 __all__ = [
     "Heat",

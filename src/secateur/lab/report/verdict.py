@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from secateur.core.statistics import Interval, holm, mean_interval, paired_difference
 from secateur.lab.report.panels import Arm, Panel
 from secateur.lab.report.schema import Result
 from secateur.lab.report.words import level, many, percent, points, span
-from secateur.lab.statistics import Interval, holm, mean_interval, paired_difference
 
 __all__ = ["ALPHA", "MARGIN", "Comparison", "Section", "Verdict", "compare", "judge"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.lab.statistics import Interval
+from secateur.core.statistics import Interval
 
 __all__ = ["NOT_MEASURED", "amount", "level", "many", "percent", "points", "sized", "span", "times", "tiny"]
 

@@ -1,0 +1,240 @@
+"""What a variant can be: a few numbers that say how it differs from the network."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from secateur.errors import UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from secateur.core.select import Scope
+    from secateur.variants.workbench import Workbench
+
+__all__ = ["DropLayer", "DropUnit", "LayerSparsity", "NoisyPrune", "UnitMasks", "Variant", "variant_from"]
+
+Source = Literal["noisy", "dense"]
+
+
+class Variant(ABC):
+    """A frozen dataclass of numbers and names; with the network it determines the variant's weights, on any machine."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, bench: Workbench) -> None:
+        """Write the variant's weights, through `bench.edit`, `bench.replace` and `bench.multiply_units`."""
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; `variant_from` is its inverse."""
+        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]
+
+    def __str__(self) -> str:
+        values = [f"{f.name}={getattr(self, f.name)!s}" for f in fields(self)]  # type: ignore[arg-type]
+        return f"{self.kind}({', '.join(values)})"
+
+
+@dataclass(frozen=True, repr=False)
+class NoisyPrune(Variant):
+    """Gaussian noise on every target's weights, then pruning: m(w + sigma z) * (w + sigma z), z ~ N(0, 1).
+
+    Args:
+        sigma: deviation of the noise, the same in every layer, at least 0. At 0 it is the deterministic network, to
+            the bit, whatever the seed.
+        sparsity: fraction of the targets' weights removed, in [0, 1).
+        seed: of the noise; one stream a target.
+        criterion: name of the criterion that ranks the weights.
+        scope: `"global"` ranks all weights together, `"tensor"` each layer's own.
+        weights: `"noisy"`: what is kept keeps its noise; `"dense"`: it has the network's own values.
+        mask: `"noisy"`: the criterion sees the noisy weights; `"dense"`: the network's own.
+
+    (weights, mask) = (noisy, noisy) is stochastic pruning; (dense, noisy) and (noisy, dense) transfer the mask from the
+    stochastic to the deterministic network and back.
+
+    Reference: stochastic pruning, section III; mask transfer, section IV-D.
+    """
+
+    sigma: float
+    sparsity: float
+    seed: int = 0
+    criterion: str = "magnitude"
+    scope: Scope = "global"
+    weights: Source = "noisy"
+    mask: Source = "noisy"
+    kind: ClassVar[str] = "noisy_prune"
+
+    def __post_init__(self) -> None:
+        _finite("sigma", self.sigma, 0.0, math.inf)
+        _finite("sparsity", self.sparsity, 0.0, 1.0)
+        _integer("seed", self.seed)
+        for name in ("weights", "mask"):
+            if getattr(self, name) not in ("noisy", "dense"):
+                raise UnknownNameError(name, getattr(self, name), ["noisy", "dense"])
+
+    def apply(self, bench: Workbench) -> None:
+        from secateur.sparsify.ranking import SelectionRule
+        from secateur.variants.noise import add_noise
+
+        rule = SelectionRule(scope=self.scope, seed=self.seed)
+        dense = self.mask == "dense" and self.sparsity > 0.0
+        masks = bench.masks(self.criterion, self.sparsity, rule) if dense else None
+        for target in bench.targets:
+            add_noise(bench.clean(target.name), self.sigma, self.seed, target.name, out=bench.replace(target.name))
+        if masks is None and self.sparsity > 0.0:
+            masks = bench.masks(self.criterion, self.sparsity, rule)
+        for target in bench.targets:
+            weight = bench.edit(target.name)
+            if self.weights == "dense":
+                weight.copy_(bench.clean(target.name))
+            if masks is not None:
+                weight.mul_(masks[target.name])
+
+
+@dataclass(frozen=True, repr=False)
+class UnitMasks(Variant):
+    """Units dropped by the mask of one seed, the rest multiplied by 1 / (1 - drop_rate): what mask-pool dropout trains.
+
+    Args:
+        drop_rate: in [0, 1). The masks of one seed are nested in it.
+        seed: of the masks, one a layer; 0 to pool - 1 for the members of a pool.
+        min_keep: units of each layer that are kept in any case.
+        scaled: multiply what is kept by 1 / (1 - drop_rate).
+
+    Reference: mask-guided structured pruning (thesis), equations 12-16.
+    """
+
+    drop_rate: float
+    seed: int = 0
+    min_keep: int = 1
+    scaled: bool = True
+    kind: ClassVar[str] = "unit_masks"
+
+    def __post_init__(self) -> None:
+        _finite("drop_rate", self.drop_rate, 0.0, 1.0)
+        _integer("seed", self.seed)
+        _integer("min_keep", self.min_keep)
+
+    def apply(self, bench: Workbench) -> None:
+        from secateur.regularizers.mask_pool import unit_mask
+
+        for target in bench.targets if self.drop_rate else ():
+            factor = unit_mask(self.seed, target.name, target.units, self.drop_rate, self.min_keep).double()
+            if self.scaled:
+                factor /= 1.0 - self.drop_rate
+            bench.multiply_units(target, factor)
+
+
+@dataclass(frozen=True, repr=False)
+class DropUnit(Variant):
+    """One unit put out as zero, nothing else changed.
+
+    Args:
+        layer: name of the layer.
+        unit: its index, from 0.
+    """
+
+    layer: str
+    unit: int
+    kind: ClassVar[str] = "drop_unit"
+
+    def __post_init__(self) -> None:
+        _integer("unit", self.unit)
+
+    def apply(self, bench: Workbench) -> None:
+        import torch
+
+        target = bench.target(self.layer)
+        if not 0 <= self.unit < target.units:
+            raise UsageError(f"{self}: layer has units 0 to {target.units - 1}, got {self.unit}")
+        factor = torch.ones(target.units)
+        factor[self.unit] = 0.0
+        bench.multiply_units(target, factor)
+
+
+@dataclass(frozen=True, repr=False)
+class DropLayer(Variant):
+    """A layer that puts out zero: what is left of a network with a way around it.
+
+    Args:
+        layer: name of the layer.
+    """
+
+    layer: str
+    kind: ClassVar[str] = "drop_layer"
+
+    def apply(self, bench: Workbench) -> None:
+        import torch
+
+        target = bench.target(self.layer)
+        bench.multiply_units(target, torch.zeros(target.units))
+
+
+@dataclass(frozen=True, repr=False)
+class LayerSparsity(Variant):
+    """Single weights of one layer pruned, all others left: a step of its sensitivity.
+
+    Args:
+        layer: name of the layer.
+        sparsity: fraction of its weights removed, in [0, 1).
+        criterion: name of the criterion that ranks them.
+    """
+
+    layer: str
+    sparsity: float
+    criterion: str = "magnitude"
+    kind: ClassVar[str] = "layer_sparsity"
+
+    def __post_init__(self) -> None:
+        _finite("sparsity", self.sparsity, 0.0, 1.0)
+
+    def apply(self, bench: Workbench) -> None:
+        from secateur.core.targets import Targets
+        from secateur.sparsify.ranking import SelectionRule
+
+        target = bench.target(self.layer)
+        if self.sparsity:
+            masks = bench.masks(self.criterion, self.sparsity, SelectionRule(), Targets([target]))
+            bench.edit(target.name).mul_(masks[target.name])
+
+
+_KINDS: dict[str, type[Variant]] = {
+    kind.kind: kind for kind in (NoisyPrune, UnitMasks, DropUnit, DropLayer, LayerSparsity)
+}
+
+
+def variant_from(record: Mapping[str, Any]) -> Variant:
+    """The variant a `record()` describes.
+
+    Raises: `UsageError` for an unknown kind, a missing or unknown number, a value out of range.
+
+    Examples:
+        >>> variant = NoisyPrune(sigma=0.005, sparsity=0.9, seed=3)
+        >>> variant_from(variant.record()) == variant
+        True
+    """
+    kind = record.get("kind")
+    if kind not in _KINDS:
+        raise UnknownNameError("variant", str(kind), list(_KINDS))
+    cls = _KINDS[str(kind)]
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(record.keys() - known - {"kind"})
+    if unknown:
+        raise UsageError(f'variant {kind}: unknown "{unknown[0]}"; expected {", ".join(sorted(known))}')
+    try:
+        return cls(**{name: value for name, value in record.items() if name != "kind"})
+    except TypeError as error:
+        raise UsageError(f"variant {kind}: {error}; expected {', '.join(sorted(known))}") from error
+
+
+def _finite(name: str, value: Any, low: float, below: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < below:
+        bound = f"at least {low:g} and finite" if below == math.inf else f"in [{low:g}, {below:g})"
+        raise UsageError(f"variant: {name} is a number {bound}, got {value!r}")
+
+
+def _integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UsageError(f"variant: {name} is an integer, at least 0, got {value!r}")
