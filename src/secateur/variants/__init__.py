@@ -21,31 +21,39 @@ if TYPE_CHECKING:
         variant_from,
     )
     from secateur.variants.outcome import Outcome
+    from secateur.variants.race import Arm, RaceResult
+    from secateur.variants.racing import race_variants
     from secateur.variants.workbench import Workbench
 
 __all__ = [
+    "Arm",
     "DropLayer",
     "DropUnit",
     "LayerSparsity",
     "NoisyPrune",
     "Outcome",
+    "RaceResult",
     "UnitMasks",
     "Variant",
     "Workbench",
     "evaluate_variants",
+    "race_variants",
     "variant_from",
 ]
 
 _HOMES = {
+    "Arm": "race",
     "DropLayer": "kinds",
     "DropUnit": "kinds",
     "LayerSparsity": "kinds",
     "NoisyPrune": "kinds",
     "Outcome": "outcome",
+    "RaceResult": "race",
     "UnitMasks": "kinds",
     "Variant": "kinds",
     "Workbench": "workbench",
     "evaluate_variants": "evaluate",
+    "race_variants": "racing",
     "variant_from": "kinds",
 }
 
