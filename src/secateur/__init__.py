@@ -62,6 +62,12 @@ if TYPE_CHECKING:
     from secateur.surgery.file import load_pruned, save_pruned
     from secateur.surgery.plan import Plan, align, make_plan
     from secateur.surgery.verify import cut_verified_, max_difference
+    from secateur.variants.evaluate import evaluate_variants
+    from secateur.variants.kinds import DropLayer, DropUnit, LayerSparsity, NoisyPrune, UnitMasks, Variant, variant_from
+    from secateur.variants.outcome import Outcome
+    from secateur.variants.race import Arm, RaceResult
+    from secateur.variants.racing import race_variants
+    from secateur.variants.workbench import Workbench
 
 _HOMES = {
     "analysis.cost": ("Cost", "compare_costs", "measure_cost"),
@@ -115,6 +121,12 @@ _HOMES = {
     "surgery.file": ("load_pruned", "save_pruned"),
     "surgery.plan": ("Plan", "align", "make_plan"),
     "surgery.verify": ("cut_verified_", "max_difference"),
+    "variants.evaluate": ("evaluate_variants",),
+    "variants.kinds": ("DropLayer", "DropUnit", "LayerSparsity", "NoisyPrune", "UnitMasks", "Variant", "variant_from"),
+    "variants.outcome": ("Outcome",),
+    "variants.race": ("Arm", "RaceResult"),
+    "variants.racing": ("race_variants",),
+    "variants.workbench": ("Workbench",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -123,11 +135,14 @@ __all__ = [
     "L1",
     "PGMPF",
     "APoZ",
+    "Arm",
     "BnGamma",
     "Cost",
     "Criterion",
     "DDrop",
     "DDropScale",
+    "DropLayer",
+    "DropUnit",
     "Dropout",
     "Duration",
     "Evidence",
@@ -140,6 +155,7 @@ __all__ = [
     "Irrelevance",
     "Iterative",
     "Lamp",
+    "LayerSparsity",
     "Learned",
     "MCPrediction",
     "Magnitude",
@@ -148,11 +164,14 @@ __all__ = [
     "MeanActivation",
     "NetworkSlimming",
     "NoRegularizer",
+    "NoisyPrune",
     "OneShot",
     "Oracle",
+    "Outcome",
     "Plan",
     "Progress",
     "PruneReport",
+    "RaceResult",
     "Random",
     "Regularizer",
     "Saliency",
@@ -167,13 +186,17 @@ __all__ = [
     "TargetedDropout",
     "Targets",
     "Taylor",
+    "UnitMasks",
+    "Variant",
     "VariationalDropout",
     "Wanda",
     "WeightNoise",
+    "Workbench",
     "__version__",
     "align",
     "compare_costs",
     "cut_verified_",
+    "evaluate_variants",
     "find_targets",
     "latency_ratio",
     "load_pruned",
@@ -187,6 +210,7 @@ __all__ = [
     "prune_in_rounds",
     "prune_units_",
     "prune_weights",
+    "race_variants",
     "rank",
     "rank_units",
     "save_pruned",
@@ -194,6 +218,7 @@ __all__ = [
     "select",
     "trace_groups",
     "unit_mask",
+    "variant_from",
 ]
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "ExportError",
     "MissingExtraError",
     "NoEffectError",
+    "PluginError",
     "RecipeError",
     "SecateurError",
     "StorageError",
@@ -74,6 +75,10 @@ class CheckNotMetError(SecateurError):
     """A check the caller asked for (`--fail-under`) was not met."""
 
     exit_code = 5
+
+
+class PluginError(SecateurError):
+    """Code that does not ship with secateur (a criterion, regularizer or network) raised; its cause is chained."""
 
 
 class DataError(SecateurError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,37 @@ def test_help_names_every_command_and_exit_code(secateur):
     for word in (*COMMANDS, "Exit codes", "130"):
         assert word in answer.out
     assert secateur().code == 2
+
+
+def test_help_shows_defaults_in_brackets(secateur):
+    shown = {command: " ".join(secateur(command, "--help").out.replace("│", " ").split()) for command in COMMANDS}
+    assert "[default: $SECATEUR_DATA_DIR]" in shown["run"]
+    assert "[default: torch's choice]" in shown["run"]
+    assert "[default: the run's report folder]" in shown["report"]
+    assert "[default: beside the source]" in shown["export"]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("model.kwargs.width=[8]", 'no argument "width".*nearest: widths'),
+        ("methods.1.exclude=[nothing]", 'layer pattern "nothing" matches no prunable layer'),
+        ("prune.1.include=[nothing]", 'layer pattern "nothing" matches no prunable layer'),
+        ("prune.0={granularity: '2:4', sparsities: [0.5]}", "cannot form 2:4 groups"),
+        ("model={name: torchvision:resnet81}", "nearest: torchvision:resnet"),
+    ],
+)
+def test_check_refuses_what_run_would_refuse_of_the_network(secateur, tiny, assignment, words):
+    answer = secateur("check", tiny, "--set", assignment)
+    assert answer.code == 2
+    assert re.search(words, answer.err), answer.err
+    assert secateur("check", tiny, "--set", "data={name: mine}").code == 0, "of a folder the shape is not known"
+
+
+def test_check_refuses_to_choose_by_the_test_set(secateur, tiny):
+    answer = secateur("check", tiny, "--set", "data.validation=0", "--set", "train.keep=best")
+    assert answer.code == 2
+    assert "train.keep chooses by held-out images" in answer.err
 
 
 def test_check(secateur, tiny):
@@ -134,7 +166,8 @@ def test_report_of_one_run_and_of_several(finished, secateur, tmp_path):
     assert answer.out == f"{tmp_path / 'one' / 'report.html'}\n"
     refused = secateur("report", finished.folder, finished.folder)
     assert refused.code == 2
-    assert "--out" in refused.err
+    command = f"secateur report {finished.folder} {finished.folder} --out comparison"
+    assert refused.err == f"secateur: several runs: say where their comparison goes, as in: {command}\n"
     data = secateur(
         "report", finished.folder, finished.folder / "result.json", "--out", tmp_path / "two", "--json"
     ).json

@@ -20,7 +20,6 @@ from docs_pages import (
     check_yaml,
     commands,
     headings,
-    namespace,
     run_python,
 )
 from ruamel.yaml import YAML
@@ -32,7 +31,7 @@ from secateur.criteria import CRITERIA
 from secateur.errors import SecateurError
 from secateur.lab.cards import recipe_tables, refresh
 from secateur.lab.recipe import Recipe
-from secateur.lab.recipe_file import shipped_recipes
+from secateur.lab.recipe_file import load_recipe, shipped_recipes
 from secateur.regularizers import REGULARIZERS
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -46,6 +45,7 @@ NEEDED = [
     "runs",
     "surgery",
     "training-loop",
+    "variants",
 ]
 
 
@@ -67,8 +67,7 @@ def test_the_guides_are_there() -> None:
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
 def test_guides_run(guide: Path, folder: Path) -> None:
-    found = namespace() if guide.stem == "files" else {"__name__": "guide"}
-    run_python(guide, found)
+    run_python(guide, {"__name__": "guide"})
     check_yaml(guide)
     for words in commands(guide):
         check_command(words)
@@ -82,8 +81,12 @@ def test_generated_blocks_are_current(page: Path) -> None:
 
 
 def test_contributing_runs_and_its_plugins_keep_the_contracts(folder: Path) -> None:
-    assert run_python(CONTRIBUTING, {"__name__": "contributing"}) == 5
-    check_yaml(CONTRIBUTING, allow_code=("mycriteria",))
+    assert run_python(CONTRIBUTING, {"__name__": "contributing"}) == 8
+    (recipe,) = check_yaml(CONTRIBUTING, allow_code=("mycriteria",))
+    loaded = load_recipe(recipe, allow_code=["mycriteria"])
+    # Without a control of that name and more seeds than one there is no verdict.
+    assert [entry.title for entry in loaded.prune] == ["magnitude", "signal to noise"]
+    assert len(loaded.seeds) > 1
     lines = commands(CONTRIBUTING)
     assert [words[0] for words in lines] == ["check", "run"]
     for words in lines:
@@ -102,7 +105,8 @@ def test_contributing_keeps_its_word_about_length() -> None:
         if block.file
     }
     assert sizes["mycriteria.py"] <= 10
-    assert sizes["mynoise.py"] <= sizes["mynoise2.py"] <= 50
+    assert sizes["mynoise.py"] <= sizes["mygaussian.py"] <= sizes["mynoise2.py"] <= 50
+    assert sizes["mygates.py"] <= 50
 
 
 def test_contributing_names_the_real_entry_point_groups() -> None:

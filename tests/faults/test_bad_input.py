@@ -52,7 +52,7 @@ def refused(answer, code: int, words: str) -> None:  # type: ignore[no-untyped-d
         ("model.kwargs.widths=[8,8,-8]", 2, "widths"),
         ("model.kwargs.num_classes=3", 2, "num_classes"),
         ("model.name=torchvision:resnet81", 2, "nearest: torchvision:resnet"),
-        ("data.name=didgits", 1, "data folder"),
+        ("data.name=didgits", 2, 'unknown data set "didgits"; nearest: digits; .*--data-dir'),
         ("data.name=/none/such", 1, "no such folder"),
         ("data.subset=100000", 2, "subset"),
         ("data.validation=1.0", 2, "data.validation"),
@@ -200,7 +200,7 @@ def test_damaged_weights_of_a_training(finished, copied, secateur, kind):
     damage([*copied.glob("stages/train-*/model.safetensors")], FOREIGN[kind])
     before = contents(copied)
     answer = secateur("run", finished.recipe, *changes("prune.0.sparsities=[0.25]"), "--out", copied, "-q")
-    refused(answer, 1, r"model\.safetensors: ")
+    refused(answer, 1, r"model\.safetensors: .*; delete \S+result\.json to redo that stage")
     after = contents(copied)
     assert {name: after[name] for name in before} == before
 
@@ -211,7 +211,15 @@ def test_weights_of_another_network(finished, copied, secateur):
     for file in copied.glob("stages/train-*/model.safetensors"):
         save_tensors(file, {"some.weight": torch.ones(3)}, {})
     answer = secateur("run", finished.recipe, *changes("prune.0.sparsities=[0.25]"), "--out", copied, "-q")
-    refused(answer, 1, r"model\.safetensors: belongs to another network")
+    refused(answer, 1, r"model\.safetensors: belongs to another network .*; delete \S+result\.json to redo that stage")
+
+
+def test_following_the_advice_redoes_the_stage(finished, copied, secateur):
+    damage([*copied.glob("stages/train-*/model.safetensors")][:1], b"damaged")
+    again = ["run", finished.recipe, *changes("prune.0.sparsities=[0.25]"), "--out", copied, "-q"]
+    (advice,) = re.findall(r"delete (\S+) to redo", secateur(*again).err)
+    Path(advice).unlink()
+    assert secateur(*again).code == 0
 
 
 @pytest.mark.parametrize("content", [b"", b'{"rows": ', b"[]", b"\xff"])
@@ -220,17 +228,39 @@ def test_a_damaged_stage_result(finished, copied, secateur, content):
     refused(secateur("run", finished.recipe, "--out", copied, "-q"), 1, r"result\.json: .*delete it to redo")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"rows": ', b"[]", b"{}", b'{"schema": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b'{"schema": 1}', b"[]", b'{"rows": [{}]}', b'{"rows": 3, "latency": 3, "top1": ""}']
+)
+@pytest.mark.parametrize("kind", ["train", "prune", "final"])
+def test_a_stage_result_of_another_shape(finished, copied, secateur, kind, content):
+    damage([*copied.glob(f"stages/{kind}-*/result.json")], content)
+    words = rf"{kind}-\w+/result\.json: (expected|holds) .*; delete it to redo that stage"
+    refused(secateur("run", finished.recipe, "--out", copied, "-q"), 1, words)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"rows": ', b"[]", b"{}", b"null", b'{"schema": 1}', b"\xff"])
 def test_a_damaged_run_result(finished, copied, secateur, content):
     (file,) = copied.glob("tiny-*/result.json")
     page = file.parent / "report" / "report.html"
     before = page.read_bytes()
     file.write_bytes(content)
-    refused(secateur("report", file.parent), 1, "")
+    for named in (file, file.parent):
+        refused(secateur("report", named), 1, rf"{re.escape(str(file))}: .*run the recipe again")
     assert page.read_bytes() == before
     listed = secateur("runs", "--out", copied, "--json")
     assert listed.code == 0
-    assert [r["complete"] for r in listed.json["runs"]] == [content == b'{"schema": 1}']
+    (row,) = listed.json["runs"]
+    assert not row["complete"]
+    assert f"{file}: " in row["reason"]
+    assert f"incomplete: {file}: " in secateur("runs", "--out", copied).out
+
+
+def test_a_folder_without_a_result(finished, copied, secateur):
+    refused(secateur("report", copied), 1, "expected the folder of a run")
+    (file,) = copied.glob("tiny-*/result.json")
+    file.unlink()
+    refused(secateur("report", file.parent), 1, "not finished, .*run the recipe again")
+    assert "not finished" in secateur("runs", "--out", copied, "--json").json["runs"][0]["reason"]
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

@@ -176,6 +176,29 @@ def test_missing_files_say_where_and_how(tmp_path: Path, name: str) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "error"), [("mnist", RuntimeError("Error downloading x:\nno\nroute")), ("cifar10", OSError("no route"))]
+)
+def test_a_download_that_fails_is_not_advised_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", refuse)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
+    with pytest.raises(DataError, match=r"downloading failed \(.*no route\); try again, or put") as caught:
+        load_data(name, data_dir=tmp_path, download=True)
+    assert "--download" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_is_said_before_a_data_folder_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SECATEUR_DATA_DIR", raising=False)
+    with pytest.raises(UnknownNameError, match=r'unknown data set "cifar"; nearest: cifar10.*SECATEUR_DATA_DIR'):
+        load_data("cifar")
+
+
 def test_unknown_names_list_sets_and_folders(tmp_path: Path) -> None:
     _write(tmp_path / "my_pictures")
     with pytest.raises(UnknownNameError, match="my_pictures"):

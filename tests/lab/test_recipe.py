@@ -120,7 +120,22 @@ def test_the_hash_follows_the_numbers_and_not_the_name(good):
         ("{duration: 4it}", "{duration: 4it, precision: bf16-mixed}", 1, "recipe", "precision"),
         ("name: good", "name: ../../etc/passwd", 1, "name", "pattern"),
         ("name: good", f"name: {'x' * 300}", 1, "name", "at most 100"),
-        ('["@last"]', '"@last"', 16, "methods[1].exclude", "tuple"),
+        ("gamma: 0.5", "gamma: abc", 15, "methods[1].regularizer", "targeted_dropout: gamma: .*number, got 'abc'"),
+        ("gamma: 0.5", "gamma: 1.5", 15, "methods[1].regularizer", "regularizer targeted_dropout: gamma is .*got 1.5"),
+        ("- label: plain", "- lable: plain", 12, "methods[0].lable", "unknown key; nearest: label$"),
+        ("seeds: [0, 1]", "seeds: [a, b, c]", 2, "seeds[0]", "valid integer.*got 'a'$"),
+        ("seeds: [0, 1]", "seeds: 3", 2, "seeds", "expected a list, got 3$"),
+        ("granularity: weight", "granularity: 2:1", 18, "prune[0]", "keeps 2 of 1 weights.*as 2:4$"),
+        (
+            "model: {name: digits_cnn, kwargs: {widths: [8, 8, 8]}}",
+            "model: mlp",
+            6,
+            "model",
+            "a mapping of keys, got 'mlp'",
+        ),
+        ("regularizer: none", "regularizer: [none]", 13, "methods[0].regularizer", "a mapping of keys, got a list"),
+        ("seeds: [0, 1]", "seeds: 3\ndescription: [1]\nmodle: 3", 4, "modle", "unknown key; nearest: model, [^()]*$"),
+        ('["@last"]', '"@last"', 16, "methods[1].exclude", "expected a list, got '@last'"),
     ],
 )
 def test_what_is_wrong_is_said_where(good, old, new, line, key, words):
@@ -136,7 +151,7 @@ def test_what_is_wrong_is_said_where(good, old, new, line, key, words):
     [
         (b"", "an empty file"),
         (b"# only words\n", "an empty file"),
-        (b"[1, 2]\n", "mapping of keys, got CommentedSeq"),
+        (b"[1, 2]\n", "mapping of keys, got a list"),
         (b"word\n", "mapping of keys"),
         (b"name: a\nname: b\n", r":2: not valid YAML: .*duplicate key"),
         (b"name: a\ntrain:\n\tduration: 1ep\n", r":3: not valid YAML"),
@@ -165,7 +180,9 @@ def test_files_that_are_not_there(tmp_path):
     assert "no such recipe file" in refusal(tmp_path / "none.yaml")
     with pytest.raises(UnknownNameError, match='unknown recipe "demmo"; nearest: demo'):
         load_recipe("demmo")
-    assert "cannot be read" in refusal(tmp_path) or "no such" in refusal(tmp_path)
+    assert "is a folder; expected a recipe file, or" in refusal(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
+    assert f"is a folder; expected a recipe file, such as {tmp_path}/recipe.yaml, or" in refusal(tmp_path)
 
 
 def test_overrides(good):
@@ -217,6 +234,18 @@ def test_overrides(good):
 )
 def test_overrides_that_make_no_sense(good, text, words):
     assert re.search(re.escape(words) if "²" in words else words, refusal(good, text))
+
+
+@pytest.mark.parametrize("key", ["methods.0.label=x", "prune.0.granularity=unit", "seeds.0=3"])
+def test_an_override_inside_a_list_that_the_recipe_does_not_have(tmp_path, key):
+    (tmp_path / "short.yaml").write_text("name: short\n")
+    name = key.partition(".")[0]
+    expected = f'--set "{key}": the recipe has no {name} to change; list them in the file, or set {name}=[...]'
+    assert refusal(tmp_path / "short.yaml", key) == expected
+
+
+def test_mistakes_in_several_places_are_hinted_at(good):
+    assert refusal(good, "train.batch_size=x", "data.subset=y").endswith("got 'y' (and more elsewhere)")
 
 
 def test_code_runs_only_when_the_caller_says_so(good, tmp_path, monkeypatch):

@@ -34,23 +34,39 @@ def methods(
         rows = method_rows()
         if name is not None:
             _explain(name, rows, json_)
-        elif json_:
-            out_json({"methods": rows})
+            return
+        from secateur.criteria import CRITERIA
+        from secateur.lab.plugins import broken_entries
+        from secateur.regularizers import REGULARIZERS
+
+        broken = broken_entries(REGULARIZERS, CRITERIA)
+        if json_:
+            out_json({"methods": rows, "broken": broken})
         else:
             columns = ("name", "phase", "needs", "granularities", "state", "cost", "paper")
             table("", columns, [[_cell(row[c]) for c in columns] for row in rows])
+            for entry in broken:
+                typer.echo(f"broken: {_broken(entry)}")
 
 
 def _cell(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
+def _broken(entry: dict[str, str]) -> str:
+    return f"{entry['kind']} {entry['name']} ({entry['entry']}): {entry['reason']}"
+
+
 def _explain(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     from secateur.criteria import CRITERIA
+    from secateur.lab.plugins import method_class
     from secateur.regularizers import REGULARIZERS
 
     row = next((r for r in rows if r["name"] == name), None)
     if row is None:
+        for registry in (REGULARIZERS, CRITERIA):
+            if name in registry.names():
+                method_class(registry, name)  # it is broken: this says why
         raise UnknownNameError("method", name, [r["name"] for r in rows])
     kind = (CRITERIA if row["kind"] == "criterion" else REGULARIZERS).load(name)
     parameters = {f.name: repr(f.default) for f in fields(kind) if f.init}
@@ -92,7 +108,11 @@ def doctor(json_: Json = False) -> None:
         import torch
 
         from secateur.analysis.latency import device_name
+        from secateur.criteria import CRITERIA
+        from secateur.lab.models import MODELS
+        from secateur.lab.plugins import broken_entries
         from secateur.lab.provenance import PACKAGES, installed
+        from secateur.regularizers import REGULARIZERS
 
         extras = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "timm": ("timm",)}
         found: dict[str, Any] = {
@@ -102,6 +122,7 @@ def doctor(json_: Json = False) -> None:
             "threads": torch.get_num_threads(),
             "extras": {extra: all(installed(p) for p in needed) for extra, needed in extras.items()},
             "data_dir": os.environ.get("SECATEUR_DATA_DIR"),
+            "broken": broken_entries(REGULARIZERS, CRITERIA, MODELS),
         }
         if json_:
             out_json(found)
@@ -112,4 +133,5 @@ def doctor(json_: Json = False) -> None:
         rows += [("threads", str(found["threads"])), ("data folder", found["data_dir"] or "$SECATEUR_DATA_DIR not set")]
         for extra, there in found["extras"].items():
             rows.append((f"extra [{extra}]", "ready" if there else f"pip install 'secateur[{extra}]'"))
+        rows += [("broken entry", _broken(entry)) for entry in found["broken"]]
         table("", ("what", "found"), rows)

@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -22,7 +24,7 @@ from secateur.errors import SecateurError
 if TYPE_CHECKING:
     from secateur.lab.listener import Listener
 
-__all__ = ["errors_to_exit", "fail", "human", "listening", "out_json", "table"]
+__all__ = ["errors_to_exit", "fail", "human", "listening", "out_json", "show_tracebacks", "table"]
 
 # Labels come from recipes: text in square brackets is text, not markup.
 human = Console(stderr=True, highlight=False, markup=False)
@@ -32,6 +34,14 @@ _STORAGE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
+
+
+_DEBUG = ContextVar("debug", default=False)
+
+
+def show_tracebacks(on: bool) -> None:
+    """Whether deliberate errors show where they were raised, before their line."""
+    _DEBUG.set(on)
 
 
 def out_json(data: Any) -> None:
@@ -55,6 +65,8 @@ def errors_to_exit(as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except SecateurError as error:
+        if _DEBUG.get():
+            traceback.print_exception(error)
         fail(str(error), type(error).__name__, error.exit_code, as_json)
     except KeyboardInterrupt:
         fail("interrupted", "Interrupted", 130, as_json)

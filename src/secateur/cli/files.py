@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,25 +41,29 @@ def runs(
         else:
             columns = ("folder", "complete", "created", "rows", "wall_seconds")
             table("", columns, [[r[c] for c in columns] for r in found])
+            for row in found:
+                if row["reason"] is not None:
+                    typer.echo(f"incomplete: {row['reason']}")
 
 
 def report(
     run: Annotated[list[Path], typer.Argument(help="Run folders, or result.json files.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where to write [default: the run's report folder].")
+        Path | None, typer.Option("--out", help=r"Where to write \[default: the run's report folder].")
     ] = None,
     json_: Json = False,
 ) -> None:
     """Write the HTML report of one run, or a comparison of several. Example: secateur report runs/demo-*"""
     with errors_to_exit(json_):
         from secateur.lab.report import write_report
-        from secateur.lab.store import read_json
+        from secateur.lab.run import read_run
 
         # A shell's runs/* also names the folder of stages.
         run = [path for path in run if path.name != "stages"] or run
-        results = [read_json(path / "result.json" if path.is_dir() else path) for path in run]
+        results = [read_run(path) for path in run]
         if out is None and len(run) > 1:
-            raise UsageError("several runs: say where the comparison goes with --out")
+            command = shlex.join(["secateur", "report", *map(str, run), "--out", "comparison"])
+            raise UsageError(f"several runs: say where their comparison goes, as in: {command}")
         folder = out if out is not None else (run[0] if run[0].is_dir() else run[0].parent) / "report"
         path = write_report(results, folder)
         if json_:
@@ -143,7 +148,7 @@ def measure(
 def export(
     file: File,
     format_: Annotated[str, typer.Option("--format", help="onnx or torch.")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", help="File to write [default: beside the source].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help=r"File to write \[default: beside the source].")] = None,
     allow_code: AllowCode = [],  # noqa: B006
     json_: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from secateur._version import __version__
 from secateur.cli import catalog, files
-from secateur.cli.console import errors_to_exit, fail, human, listening, out_json, table
+from secateur.cli.console import errors_to_exit, fail, human, listening, out_json, show_tracebacks, table
 from secateur.errors import CheckNotMetError, UsageError
 
 __all__ = ["app", "main"]
@@ -34,10 +34,10 @@ files.add_to(app)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for runs and their stages.")]
 DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="Folder with data sets [default: $SECATEUR_DATA_DIR].")
+    Path | None, typer.Option("--data-dir", help=r"Folder with data sets \[default: $SECATEUR_DATA_DIR].")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads [default: torch's choice].")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help=r"Processor threads \[default: torch's choice].")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, only the result.")]
 Set = Annotated[list[str], typer.Option("--set", help="Override a recipe key: train.duration=5ep (repeatable).")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Seeds instead of the recipe's: 0-4 or 0,2,5.")]
@@ -47,7 +47,11 @@ AllowCode = Annotated[
 
 
 @app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+) -> None:
+    show_tracebacks(debug)
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -107,7 +111,10 @@ def check(
 ) -> None:
     """Validate a recipe without running anything. Example: secateur check my.yaml"""
     with errors_to_exit(json_):
+        from secateur.lab.precheck import precheck
+
         loaded = _load(recipe, set_, seeds, allow_code)
+        precheck(loaded, allow_code)
         trainings, rows = loaded.counts()
         counts = {"trainings": trainings, "rows": rows}
         if json_:
@@ -243,4 +250,5 @@ def main() -> None:
 def _asked() -> str:
     """The command that was typed, without its arguments."""
     names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    return " ".join(["secateur", *(word for word in sys.argv[1:2] if word in names)])
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    return " ".join(["secateur", *(word for word in words[:1] if word in names)])

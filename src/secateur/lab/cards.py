@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from secateur.criteria import CRITERIA
 from secateur.errors import UnknownNameError, UsageError
+from secateur.lab.plugins import method_class
 from secateur.lab.recipe import Recipe
 from secateur.regularizers import REGULARIZERS
 
@@ -37,11 +38,17 @@ _ENTRY = re.compile(r"^ {4}(?P<names>\w+(?:, \w+)*): (?P<text>.*)$")
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """Every criterion and regularizer with what its class declares; imports no torch."""
+    """Every criterion and regularizer with what its class declares; imports no torch itself.
+
+    What an installed package registers and cannot be used is left out: `secateur.lab.plugins.broken_entries` says why.
+    """
     rows = []
     for registry, phase in ((REGULARIZERS, "train"), (CRITERIA, "score")):
         for name in registry.names():
-            kind = registry.load(name)
+            try:
+                kind = method_class(registry, name)
+            except UsageError:
+                continue
             rows.append(
                 {
                     "name": name,

@@ -54,22 +54,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with path.open("rb") as stream:
             head = stream.read(9)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; {_remedy(path)}") from error
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if _FORMAT not in metadata:
-                raise CheckpointError(f"{path}: a safetensors file, but not a secateur checkpoint")
+                raise CheckpointError(f"{path}: a safetensors file, but not a secateur checkpoint; {_remedy(path)}")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[_FORMAT])  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         # Safetensors begins with a length, which may look like any of these, and then always has "{".
         if head[8:] != b"{" and head[:2] in _PICKLES:
             raise CheckpointError(
-                f"{path}: this is a pickle (torch.save), which can run code when loaded; expected a safetensors file"
+                f"{path}: this is a pickle (torch.save), which can run code when loaded; expected a "
+                f"safetensors file; {_remedy(path)}"
             ) from error
-        raise CheckpointError(
-            f"{path}: truncated or not a safetensors file ({error}); delete it to start over"
-        ) from error
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error}); {_remedy(path)}") from error
 
 
 @contextmanager
@@ -79,9 +78,15 @@ def fitting(path: Path) -> Iterator[None]:
         yield
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{path}: belongs to another network or training ({line}); delete it to redo that stage"
-        ) from error
+        raise CheckpointError(f"{path}: belongs to another network or training ({line}); {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    """What to delete: beside a result, the stage counts as done, and without the file it could not go on."""
+    result = path.with_name("result.json")
+    if result.is_file():
+        return f"delete {result} to redo that stage"
+    return "delete it to start over"
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,16 @@ from secateur.errors import UsageError
 from secateur.lab.data import Dataset, Loader, evaluation_batches, load_data
 from secateur.lab.evaluate import Evaluation, evaluate
 from secateur.lab.listener import Listener
-from secateur.lab.models import build_model, resolve_builder
-from secateur.lab.plugins import make_regularizer
+from secateur.lab.models import MODELS, build_model, resolve_builder
+from secateur.lab.plugins import make_regularizer, running
+from secateur.lab.precheck import check_held_out
 from secateur.lab.recipe import Recipe, TrainSpec
 from secateur.lab.runtime import Runtime
 from secateur.lab.store import Store
+from secateur.registry import Registry
 from secateur.surgery.engine import trace_groups
 
-__all__ = ["Context", "Options"]
+__all__ = ["Context", "Options", "check_targets", "make_model"]
 
 _EVALUATION_BATCH = 512
 
@@ -86,17 +88,20 @@ class Context:
             spec.name, data.num_classes, data.in_shape, spec.kwargs, allow_code=self.options.allow_code
         )
 
+    @cached_property
+    def _hashes(self) -> dict[tuple[str, str], str | None]:
+        return {}
+
+    def code_hash(self, registry: Registry, name: str) -> str | None:
+        """`Registry.code_hash`, once a run: later edits of files are no part of what this process has loaded."""
+        key = (registry.kind, name)
+        if key not in self._hashes:
+            self._hashes[key] = registry.code_hash(name, self.options.allow_code)
+        return self._hashes[key]
+
     def model(self, seed: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A network on the run's device: freshly initialized from `seed`, or with the given weights."""
-        data, spec = self.data, self.recipe.model
-        model = build_model(
-            spec.name,
-            num_classes=data.num_classes,
-            in_shape=data.in_shape,
-            kwargs=spec.kwargs,
-            seed=seed,
-            allow_code=self.options.allow_code,
-        )
+        model = make_model(self.recipe, self.data.num_classes, self.data.in_shape, seed, self.options.allow_code)
         if weights is not None:
             model.load_state_dict(weights)
         return model.to(self.runtime.device)
@@ -105,43 +110,20 @@ class Context:
         """Raise `UsageError` unless the recipe's network takes these images and gives one number a class."""
         name, classes, shape = self.recipe.model.name, self.data.num_classes, list(self.data.in_shape)
         model = self.model(self.recipe.seeds[0])
-        images = self.example(2)
-        try:
-            with self.runtime.evaluating(model):
+        images, allowed = self.example(2), self.options.allow_code
+        with running("given images", (MODELS, name), allow_code=allowed), self.runtime.evaluating(model):
+            try:
                 outputs = model(images)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise UsageError(f'model "{name}" cannot take images of {shape}: {line}') from error
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                line = " ".join(str(error).split())[:200]
+                raise UsageError(f'model "{name}" cannot take images of {shape}: {line}') from error
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if got != [len(images), classes]:
             raise UsageError(f'model "{name}": got outputs {got}, expected {[len(images), classes]} (images, classes)')
-        self._check_targets(model)
-        self._check_held_out()
-
-    def _check_held_out(self) -> None:
-        """What is chosen by held-out data must not be chosen by the test set."""
-        recipe = self.recipe
-        trainings = [recipe.train, *(m.loop.train for m in recipe.methods if m.loop is not None and m.loop.train)]
-        if recipe.final is not None and recipe.final.fine_tune is not None:
-            trainings.append(recipe.final.fine_tune)
-        chosen = ["train.patience" for spec in trainings if spec.patience is not None]
-        chosen += ["train.keep" for spec in trainings if spec.keep == "best"]
-        chosen += ["loop.kappa" for m in recipe.methods if m.loop is not None and m.loop.kappa is not None]
-        if chosen and not len(self.data.validation_labels):
-            raise UsageError(
-                f"{chosen[0]} chooses by held-out images, and the recipe holds none out: that would be the test set; "
-                "set data.validation (0.1)"
-            )
-
-    def _check_targets(self, model: nn.Module) -> None:
-        """Every layer pattern matches, and every granularity divides its layers: said before training."""
-        for method in self.recipe.methods:
-            kind = make_regularizer(method.regularizer, self.options.allow_code).acts_on
-            find_targets(model, method.include, method.exclude, kind)
-        for prune in self.recipe.prune:
-            shape = parse_granularity(prune.granularity)
-            for target in find_targets(model, prune.include, prune.exclude):
-                shape.pool(target, model.get_parameter(target.name).detach(), "sum")
+        check_targets(self.recipe, model, allowed)
+        # What is chosen by held-out data must not be chosen by the test set.
+        if not len(self.data.validation_labels):
+            check_held_out(self.recipe)
 
     @cached_property
     def groups(self) -> Groups:
@@ -186,6 +168,33 @@ class Context:
     def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> Evaluation:
         batches = evaluation_batches(images, labels, _EVALUATION_BATCH, normalize=self.data.normalize)
         return evaluate(model, batches, self.runtime)
+
+
+def make_model(
+    recipe: Recipe, num_classes: int, in_shape: tuple[int, int, int], seed: int, allow_code: Collection[str]
+) -> nn.Module:
+    """The recipe's network for such images, freshly initialized from `seed`."""
+    name = recipe.model.name
+    with running("built", (MODELS, name), allow_code=allow_code):
+        return build_model(
+            name,
+            num_classes=num_classes,
+            in_shape=in_shape,
+            kwargs=recipe.model.kwargs,
+            seed=seed,
+            allow_code=allow_code,
+        )
+
+
+def check_targets(recipe: Recipe, model: nn.Module, allow_code: Collection[str]) -> None:
+    """Every layer pattern matches, and every granularity divides its layers: said before training."""
+    for method in recipe.methods:
+        kind = make_regularizer(method.regularizer, allow_code).acts_on
+        find_targets(model, method.include, method.exclude, kind)
+    for prune in recipe.prune:
+        shape = parse_granularity(prune.granularity)
+        for target in find_targets(model, prune.include, prune.exclude):
+            shape.pool(target, model.get_parameter(target.name).detach(), "sum")
 
 
 @dataclass(frozen=True)

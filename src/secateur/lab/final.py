@@ -21,7 +21,7 @@ from secateur.lab.context import Context
 from secateur.lab.plugins import make_regularizer
 from secateur.lab.recipe import FinalSpec, MethodSpec
 from secateur.lab.rows import recalibrate_
-from secateur.lab.stages import code_hashes, latency_json, learned_scores, train_stage, trained_model
+from secateur.lab.stages import criterion_code, latency_json, learned_scores, train_stage, trained_model
 from secateur.lab.store import Stage
 from secateur.lab.train import train
 from secateur.lab.ways import unit_ranking
@@ -58,7 +58,7 @@ def final_stage(context: Context, method: MethodSpec, seed: int, spec: FinalSpec
     settings = spec.model_dump(mode="json", exclude={"method"})
     way = method.way(context.recipe.prune[spec.prune])
     settings["prune"] = way.model_dump(mode="json", exclude={"sparsities", "latency", "label"})
-    settings["code"] = code_hashes(context, way.criterion["name"])
+    settings["code"] = criterion_code(context, way)
     return context.store.stage("final", {"train": train_stage(context, method, seed).key, **settings})
 
 
@@ -67,7 +67,7 @@ def run_final(context: Context, method: MethodSpec, seed: int, spec: FinalSpec) 
     with stage.work():
         if not stage.done:
             stage.finish(_deliver(context, method, seed, spec, stage.folder))
-        return stage.result()
+        return stage.result(seed=int, verify=dict, accuracy=dict, file=dict)
 
 
 def _deliver(context: Context, method: MethodSpec, seed: int, spec: FinalSpec, folder: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from secateur.core.targets import find_targets
 from secateur.lab.checkpoint import fitting, load_tensors, save_tensors
 from secateur.lab.context import Context
 from secateur.lab.recipe import LoopSpec, MethodSpec, PruneSpec
-from secateur.lab.rows import small_row, unit_row, weight_row
-from secateur.lab.stages import code_hashes, learned_scores, rewind_step, train_stage, train_under, trained_model
+from secateur.lab.rows import checked_row, small_row, stored_rows, unit_row, weight_row
+from secateur.lab.stages import criterion_code, learned_scores, rewind_step, train_stage, train_under, trained_model
 from secateur.lab.store import Stage
 from secateur.lab.ways import masks_in_rounds, unit_ranking, weight_ranking
 from secateur.sparsify.iterate import next_masks, next_units
@@ -59,7 +59,7 @@ def loop_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec)
         {
             "train": train_stage(context, method, seed).key,
             "way": way.model_dump(mode="json", exclude={"latency"}),
-            "code": code_hashes(context, way.criterion["name"]),
+            "code": criterion_code(context, way),
             "loop": method.loop.model_dump(mode="json"),
         },
     )
@@ -72,7 +72,9 @@ def run_loop(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -
     """
     stage = loop_stage(context, method, seed, spec)
     with stage.work():
-        return (stage.result() if stage.done else stage.finish({"rows": _rows(context, method, seed, spec)}))["rows"]
+        if not stage.done:
+            stage.finish({"rows": _rows(context, method, seed, spec)})
+        return stored_rows(stage)
 
 
 def _rows(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) -> list[dict[str, Any]]:
@@ -136,7 +138,7 @@ def _result(arm: _Arm, state: _State, sparsity: float) -> dict[str, Any]:
     with stage.work():
         if not stage.done:
             stage.finish({**_row(arm, state, sparsity), "stage": state.stage.key})
-        return {**stage.result(), "criterion": arm.way.title}
+        return {**checked_row(stage, stage.result()), "criterion": arm.way.title}
 
 
 def _row(arm: _Arm, state: _State, sparsity: float) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def _again(arm: _Arm, state: _State, sparsity: float | None, number: int) -> _St
         {
             "of": state.stage.key,
             "way": arm.way.model_dump(mode="json", exclude={"latency", "sparsities", "label"}),
-            "code": code_hashes(context, arm.way.criterion["name"]),
+            "code": criterion_code(context, arm.way),
             "loop": loop.model_dump(mode="json", exclude={"until", "kappa"}),
             "sparsity": sparsity,
             "round": number,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from secateur.core.targets import Targets
 from secateur.criteria.base import Criterion
 from secateur.criteria.driver import Loss
 from secateur.criteria.magnitude import Magnitude
+from secateur.sparsify.arguments import expect_criterion, expect_sparsity, expect_targets
 from secateur.sparsify.ranking import SelectionRule, rank, rank_units
 from secateur.surgery.cut import CutReport
 from secateur.surgery.engine import trace_groups
@@ -67,23 +68,33 @@ def prune_weights(
     targets: Targets | None = None,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Masks at `sparsity` by one criterion (magnitude by default). Apply them with `masks.apply_(model)`, keep
     them while training with `masks.hold(model, optimizer)`.
+
+    Args:
+        sparsity: fraction to remove, in [0, 1).
+        criterion: default magnitude.
+        granularity, rule, targets, batches, loss: as for `rank`.
+        learned: what a regularizer's `scores()` said, by target name, for the criterion `Learned`.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> prune_weights(model, 0.75).sparsity
         0.75
     """
+    criterion = Magnitude() if criterion is None else criterion
+    _expect("prune_weights", sparsity, criterion, targets)
     ranking = rank(
         model,
-        criterion or Magnitude(),
+        criterion,
         granularity=granularity,
         rule=rule,
         targets=targets,
         batches=batches,
         loss=loss,
+        learned=learned,
     )
     return ranking.masks(sparsity)
 
@@ -102,6 +113,7 @@ def prune_units_(
     ema: nn.Module | None = None,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> PruneReport:
     """Remove a fraction of the units of every dependency group for real, in place, and prove it.
 
@@ -115,13 +127,16 @@ def prune_units_(
             channel counts run slower, often slower than the wider layer; 1 = exactly as asked.
         optimizer, ema: carried along, so that training can go on.
         batches, loss: data for criteria that need it.
+        learned: what a regularizer's `scores()` said, by target name, for the criterion `Learned`.
 
     Raises: `EquivalenceError` (nothing changed) if the cut network computes something else; `TraceError`.
     """
+    criterion = Magnitude() if criterion is None else criterion
+    _expect("prune_units_", sparsity, criterion, targets)
     one = with_batch(as_args(inputs), 1)
     groups = trace_groups(model, one) if groups is None else groups
     ranking = rank_units(
-        model, criterion or Magnitude(), groups, rule=rule, targets=targets, batches=batches, loss=loss
+        model, criterion, groups, rule=rule, targets=targets, batches=batches, loss=loss, learned=learned
     )
     kept = ranking.kept(sparsity)
     if multiple_of > 1:
@@ -135,3 +150,9 @@ def prune_units_(
     removed = sum(int((~k).sum()) for k in kept.values())
     got = removed / sum(k.numel() for k in kept.values())
     return PruneReport(sparsity, got, dense, measure_cost(model, one), proof, plan, multiple_of)
+
+
+def _expect(call: str, sparsity: float, criterion: Criterion, targets: Targets | None) -> None:
+    expect_sparsity(call, sparsity)
+    expect_criterion(call, criterion)
+    expect_targets(call, targets)

@@ -148,7 +148,10 @@ class PruneSpec(Spec):
         if self.scope == "global" and self.allocation != "uniform":
             raise ValueError('scope "global" ranks all tensors together and takes no allocation')
         if match := re.fullmatch(r"(\d+):(\d+)", self.granularity):
-            only = 1.0 - int(match[1]) / int(match[2])
+            kept, of = int(match[1]), int(match[2])
+            if kept >= of:
+                raise ValueError(f"granularity {self.granularity} keeps {kept} of {of} weights: give fewer, as 2:4")
+            only = 1.0 - kept / of
             if self.scope != "tensor" or self.allocation != "uniform":
                 raise ValueError(f"granularity {self.granularity} takes scope tensor and allocation uniform")
             if any(abs(s - only) > 1e-9 for s in self.sparsities):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
@@ -40,7 +41,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, allow_code
     path = _find(source)
     data = _parse(path)
     if not isinstance(data, dict):
-        got = "an empty file" if data is None else type(data).__name__
+        got = "an empty file" if data is None else _shown(data)
         raise RecipeError(f"{path}: a recipe is a mapping of keys, got {got}")
     for text in overrides:
         _override(data, text)
@@ -69,6 +70,9 @@ def _find(source: str | Path) -> Path:
     shipped = shipped_recipes()
     if str(source) in shipped:
         return shipped[str(source)]
+    if path.is_dir():
+        inside = f", such as {path / 'recipe.yaml'}" if (path / "recipe.yaml").is_file() else ""
+        raise RecipeError(f"{path}: is a folder; expected a recipe file{inside}, or the name of a shipped recipe")
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
         raise RecipeError(f"{path}: no such recipe file")
     raise UnknownNameError("recipe", str(source), shipped, "or give the path of a YAML file")
@@ -88,9 +92,13 @@ def _override(data: Any, text: str) -> None:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UsageError(f'--set "{text}": expected key.path=value')
-    *parents, last = key.split(".")
-    for part in parents:
+    *parents, last = parts = key.split(".")
+    for part, following in zip(parents, parts[1:], strict=True):
         data = _step_into(data, part, text)
+        if data == {} and following.isdecimal():
+            raise UsageError(
+                f'--set "{text}": the recipe has no {part} to change; list them in the file, or set {part}=[...]'
+            )
     try:
         parsed = YAML(typ="safe").load(value) if value else None
     except (YAMLError, ValueError) as error:
@@ -145,21 +153,55 @@ def _plain(value: Any, data: Any, path: Path, location: list[Any]) -> Any:
 
 
 def _explain(error: ValidationError, data: Any, path: Path) -> str:
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    first, more = _foremost(error)
+    location = _location(first)
     where = f"{path}:{_line(data, location)}: {_key_path(location) or 'recipe'}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = nearest(str(location[-1]), known)
         hint = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
         return f"{where}: unknown key; {hint}{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if (expected := _EXPECTED.get(first["type"])) is not None:
+        return f"{where}: expected {expected}, got {_shown(first['input'])}{more}"
     got = first.get("input")
     shown = f", got {got!r}" if isinstance(got, str | int | float | bool | None) and first["type"] != "missing" else ""
     if first["type"] == "value_error":
         shown = ""
     return f"{where}: {message[0].lower() + message[1:]}{shown}{more}"
+
+
+# Where pydantic speaks of Python's types, in the words of a recipe.
+_EXPECTED = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "string_type": "text",
+}
+
+
+def _shown(value: Any) -> str:
+    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list | tuple) else repr(value)
+
+
+def _location(error: ErrorDetails) -> list[Any]:
+    return [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+
+
+def _foremost(error: ValidationError) -> tuple[ErrorDetails, str]:
+    """The mistake to tell, and words that say whether there are others in other mappings or lists.
+
+    One mistake has several errors: a misspelled key that is required is also missing, and a list whose entries are
+    wrong is also too short.
+    """
+    found = error.errors()
+    places = [tuple(_location(e)) for e in found]
+    own = [e for e, at in zip(found, places, strict=True) if not any(at == p[: len(at)] and at != p for p in places)]
+    parents = [tuple(_location(e)[:-1]) for e in own]
+    beside = [e for e, parent in zip(own, parents, strict=True) if parent == parents[0]]
+    first = next((e for e in beside if e["type"] == "extra_forbidden"), own[0])
+    return first, " (and more elsewhere)" if len(beside) < len(own) else ""
 
 
 def _line(data: Any, location: Sequence[Any]) -> int:
@@ -242,5 +284,7 @@ def _check_model(name: str, allow_code: Collection[str]) -> None:
 
     if name.startswith("python:"):
         load_python(name, allow_code)
-    elif not name.startswith(("torchvision:", "timm:")) and name not in MODELS.names():
-        raise UnknownNameError("model", name, MODELS.names(), "or torchvision:NAME, timm:NAME")
+    elif not name.startswith(("torchvision:", "timm:")) and name not in MODELS.builtin:
+        if name not in MODELS.names():
+            raise UnknownNameError("model", name, MODELS.names(), "or torchvision:NAME, timm:NAME")
+        MODELS.load(name)

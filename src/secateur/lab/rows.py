@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from secateur.analysis.cost import Cost, measure_cost
@@ -15,11 +16,13 @@ from secateur.core.masks import Masks
 from secateur.errors import VacuousProofError
 from secateur.lab.context import Context
 from secateur.lab.recipe import PruneSpec
+from secateur.lab.report.schema import Row
+from secateur.lab.store import Stage
 from secateur.surgery.cut import cut_
 from secateur.surgery.plan import make_plan
 from secateur.surgery.verify import cut_verified_
 
-__all__ = ["cut_copy", "recalibrate_", "small_row", "unit_row", "weight_row"]
+__all__ = ["checked_row", "cut_copy", "recalibrate_", "small_row", "stored_rows", "unit_row", "weight_row"]
 
 _PROOF_INPUTS = 16
 
@@ -85,6 +88,27 @@ def cut_copy(
     except VacuousProofError:
         cut_(smaller, plan)
         return smaller, None
+
+
+def stored_rows(stage: Stage) -> list[dict[str, Any]]:
+    """The rows that a finished stage holds; `CheckpointError` if they are none."""
+    return [checked_row(stage, row) for row in stage.result(rows=list)["rows"]]
+
+
+def checked_row(stage: Stage, row: Any) -> dict[str, Any]:
+    """A row that a finished stage holds, once it has all that is read from it later."""
+    try:
+        _StoredRow.model_validate(row)
+    except ValidationError as error:
+        raise stage.damaged("holds something that is no row of a result") from error
+    return dict(row)
+
+
+class _StoredRow(Row):
+    method: str = ""
+    seed: int = 0
+    sparsity_got: float
+    validation_top1: float | None
 
 
 def _row(context: Context, model: nn.Module, spec: PruneSpec, sparsity: float) -> dict[str, Any]:

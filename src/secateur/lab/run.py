@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -23,10 +22,12 @@ from secateur.lab.provenance import provenance
 from secateur.lab.recipe import MethodSpec, PruneSpec, Recipe
 from secateur.lab.recipe_file import write_recipe
 from secateur.lab.report import write_report
+from secateur.lab.report.schema import read_result
+from secateur.lab.rows import stored_rows
 from secateur.lab.stages import latency_stage, prune_stage, run_latency, run_prune, run_train, train_stage
 from secateur.lab.store import Stage, locked, read_json, write_json
 
-__all__ = ["Planned", "list_runs", "plan_run", "run_folder", "run_recipe"]
+__all__ = ["Planned", "list_runs", "plan_run", "read_run", "run_folder", "run_recipe"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def run_recipe(recipe: Recipe, options: Options, listener: Listener | None = Non
 
 
 def list_runs(out: Path) -> list[dict[str, Any]]:
-    """Every run under an output folder: name, folder, whether it is complete; a damaged result is not.
+    """Every run under an output folder: name, folder, whether it is complete, and if not, why.
 
     Raises: `UsageError` if there is no such folder.
     """
@@ -121,10 +122,12 @@ def list_runs(out: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{out}: no such folder; name the one given to run as --out")
     found = []
     for path in sorted(out.glob("*/recipe.yaml")):
-        folder = path.parent
+        folder, reason = path.parent, None
         result: dict[str, Any] = {}
-        with suppress(CheckpointError, TypeError, ValueError):
-            result = dict(read_json(folder / "result.json"))
+        try:
+            result = read_run(folder)
+        except CheckpointError as error:
+            reason = str(error)
         found.append(
             {
                 "folder": str(folder),
@@ -132,9 +135,28 @@ def list_runs(out: Path) -> list[dict[str, Any]]:
                 "created": result.get("created"),
                 "wall_seconds": result.get("wall_seconds"),
                 "rows": len(result.get("rows", [])),
+                "reason": reason,
             }
         )
     return found
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The checked result of a run, from its folder or its result.json.
+
+    Raises: `CheckpointError` that names the file, if there is none or it is damaged.
+    """
+    file = path / "result.json" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        if (path / "recipe.yaml").is_file():
+            raise CheckpointError(f"{path}: not finished, it has no result.json; run the recipe again to go on")
+        raise CheckpointError(f"{path}: has no result.json; expected the folder of a run (secateur runs lists them)")
+    result = read_json(file, "run the recipe again")
+    try:
+        read_result(result)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return dict(result)
 
 
 def _check_exports(recipe: Recipe) -> None:
@@ -164,7 +186,7 @@ def _kept_rows(context: Context) -> list[dict[str, Any]]:
         {"method": method.label, "seed": seed, "prune": number, **row}
         for number, spec in enumerate(context.recipe.prune)
         for method, seed in _columns(context.recipe, number)
-        for row in _rows_stage(context, method, seed, spec).result()["rows"]
+        for row in stored_rows(_rows_stage(context, method, seed, spec))
     ]
 
 

@@ -14,19 +14,21 @@ from secateur.analysis.latency import Latency, measure_latency
 from secateur.core.duration import Duration
 from secateur.core.masks import Masks
 from secateur.core.targets import find_targets
+from secateur.criteria import CRITERIA
 from secateur.errors import UsageError
 from secateur.lab.checkpoint import fitting, load_tensors, save_tensors
 from secateur.lab.context import Context
-from secateur.lab.plugins import make_regularizer
+from secateur.lab.models import MODELS
+from secateur.lab.plugins import make_regularizer, running
 from secateur.lab.recipe import MethodSpec, PruneSpec, TrainSpec
-from secateur.lab.rows import cut_copy, unit_row, weight_row
+from secateur.lab.rows import cut_copy, stored_rows, unit_row, weight_row
 from secateur.lab.store import Stage
 from secateur.lab.train import TrainResult, train
 from secateur.lab.ways import unit_ranking, weight_ranking
-from secateur.registry import code_hash
+from secateur.regularizers import REGULARIZERS
 
 __all__ = [
-    "code_hashes",
+    "criterion_code",
     "latency_json",
     "latency_stage",
     "learned_scores",
@@ -51,7 +53,10 @@ def train_stage(context: Context, method: MethodSpec, seed: int) -> Stage:
             "model": recipe.model.model_dump(mode="json"),
             "train": recipe.train.model_dump(mode="json"),
             "regularizer": method.regularizer,
-            "code": code_hashes(context, recipe.model.name, method.regularizer["name"]),
+            "code": [
+                context.code_hash(MODELS, recipe.model.name),
+                context.code_hash(REGULARIZERS, method.regularizer["name"]),
+            ],
             "include": list(method.include),
             "exclude": list(method.exclude),
             "seed": seed,
@@ -76,16 +81,16 @@ def rewind_step(context: Context, method: MethodSpec, seed: int) -> int | None:
     return step
 
 
-def code_hashes(context: Context, *names: str) -> list[str | None]:
-    """What the caller's own code contributes to a stage's key: editing it is another stage."""
-    return [code_hash(name, context.options.allow_code) for name in names]
+def criterion_code(context: Context, way: PruneSpec) -> list[str | None]:
+    """What a criterion that does not ship with secateur contributes to a stage's key: editing it is another stage."""
+    return [context.code_hash(CRITERIA, way.criterion["name"])]
 
 
 def run_train(context: Context, method: MethodSpec, seed: int) -> dict[str, Any]:
     stage = train_stage(context, method, seed)
     with stage.work():
         if stage.done:
-            return stage.result()
+            return stage.result(steps=int, seconds=float, final_loss=float, history=list, top1=float)
         model = context.model(seed)
         outcome = train_under(context, method, model, seed, stage, snapshot_at=rewind_step(context, method, seed))
         values = asdict(outcome)
@@ -115,21 +120,23 @@ def train_under(
     targets = None
     if method.include != ("*",) or method.exclude:
         targets = find_targets(model, method.include, method.exclude, regularizer.acts_on)
-    return train(
-        model,
-        context.loader(spec, seed),
-        spec,
-        runtime=context.runtime,
-        regularizer=regularizer,
-        folder=stage.folder,
-        seed=seed,
-        evaluation=lambda m: context.validate(m) or context.test(m),
-        targets=targets,
-        masks=masks,
-        first_step=first_step,
-        snapshot_at=snapshot_at,
-        listener=context.listener,
-    )
+    used = (REGULARIZERS, method.regularizer["name"]), (MODELS, context.recipe.model.name)
+    with running(f'training "{method.label}", seed {seed}', *used, allow_code=context.options.allow_code):
+        return train(
+            model,
+            context.loader(spec, seed),
+            spec,
+            runtime=context.runtime,
+            regularizer=regularizer,
+            folder=stage.folder,
+            seed=seed,
+            evaluation=lambda m: context.validate(m) or context.test(m),
+            targets=targets,
+            masks=masks,
+            first_step=first_step,
+            snapshot_at=snapshot_at,
+            listener=context.listener,
+        )
 
 
 def trained_model(context: Context, method: MethodSpec, seed: int) -> nn.Module:
@@ -149,7 +156,7 @@ def prune_stage(context: Context, method: MethodSpec, seed: int, spec: PruneSpec
     """Pruning one trained network one way, at every sparsity."""
     spec = method.way(spec)
     settings = spec.model_dump(mode="json", exclude={"latency"})
-    settings["code"] = code_hashes(context, spec.criterion["name"])
+    settings["code"] = criterion_code(context, spec)
     return context.store.stage("prune", {"train": train_stage(context, method, seed).key, **settings})
 
 
@@ -162,7 +169,7 @@ def run_prune(context: Context, method: MethodSpec, seed: int, spec: PruneSpec) 
             spec = method.way(spec)
             rows = (_unit_rows if spec.granularity == "unit" else _weight_rows)(context, model, seed, spec, learned)
             stage.finish({"rows": [{**row, "stage": stage.key} for row in rows]})
-        return stage.result()["rows"]
+        return stored_rows(stage)
 
 
 def _weight_rows(
@@ -215,7 +222,7 @@ def run_latency(context: Context, method: MethodSpec, seed: int, spec: PruneSpec
             batch = min(64, len(context.data.test_labels))
             times = measure_latency(cut, context.example(batch), batch_size=batch, rounds=15, min_time=0.005)
             stage.finish({"latency": {name: latency_json(t) for name, t in times.items()}})
-        return {float(name): t for name, t in stage.result()["latency"].items()}
+        return {float(name): t for name, t in stage.result(latency=dict)["latency"].items()}
 
 
 def latency_json(latency: Latency) -> dict[str, Any]:

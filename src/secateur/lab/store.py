@@ -40,13 +40,14 @@ def write_json(path: Path, data: Any) -> None:
     write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "delete it to redo that stage") -> Any:
+    """The JSON in a file; `CheckpointError`, which ends with `remedy`, if there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: truncated or not JSON ({error}); delete it to redo that stage") from error
+        raise CheckpointError(f"{path}: truncated or not JSON ({error}); {remedy}") from error
 
 
 class Store:
@@ -72,15 +73,24 @@ class Stage:
     def done(self) -> bool:
         return (self.folder / "result.json").is_file()
 
-    def result(self) -> dict[str, Any]:
-        """What `finish` stored."""
-        path = self.folder / "result.json"
-        found = read_json(path)
+    def result(self, **expected: type) -> dict[str, Any]:
+        """What `finish` stored.
+
+        Raises: `CheckpointError` unless it is an object that has every `expected` key with a value of that type.
+        """
+        found = read_json(self.folder / "result.json")
         if not isinstance(found, dict):
-            raise CheckpointError(
-                f"{path}: expected a JSON object, got {type(found).__name__}; delete it to redo that stage"
-            )
+            raise self.damaged(f"expected a JSON object, got {type(found).__name__}")
+        for key, kind in expected.items():
+            # What is written as 1.0 stays 1.0, but other writers of JSON may not keep to that.
+            if not isinstance(found.get(key), (int, float) if kind is float else kind):
+                got = f"a {type(found[key]).__name__}" if key in found else f"only {', '.join(found) or 'nothing'}"
+                raise self.damaged(f'expected "{key}" ({kind.__name__}), got {got}')
         return found
+
+    def damaged(self, what: str) -> CheckpointError:
+        """The error for a result that is not what `finish` stored."""
+        return CheckpointError(f"{self.folder / 'result.json'}: {what}; delete it to redo that stage")
 
     @contextmanager
     def work(self) -> Iterator[None]:

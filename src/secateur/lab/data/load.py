@@ -121,6 +121,9 @@ def _find(
             return load_arrays(root / name, known.num_classes, known.in_shape)
         return load_torchvision(known, root, download)
     anywhere = "/" in name or os.sep in name or name[:1] in (".", "~")
+    if not anywhere and data_dir is None and not os.environ.get("SECATEUR_DATA_DIR"):
+        where = "for a folder of your own pass data_dir (--data-dir DIR) or set SECATEUR_DATA_DIR"
+        raise UnknownNameError("data set", name, DATASETS, where)
     folder = Path(name).expanduser() if anywhere else _data_root(name, data_dir) / name
     if not folder.is_dir():
         if anywhere:

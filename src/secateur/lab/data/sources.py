@@ -61,16 +61,25 @@ def load_torchvision(known: KnownSet, root: Path, download: bool) -> Arrays:
         try:
             part = source(str(root), train=train, download=download)
         except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise DataError(
-                f'data "{known.name}" not found or broken ({str(error).strip().splitlines()[0]}); looked for '
-                f"{root / known.files} and {root / known.name}/train_images.npy; put the files there, name "
-                "another folder (--data-dir), or allow downloading them (download=True, --download)"
-            ) from error
+            raise DataError(_not_there(known, root, download, error)) from error
         where = f"{known.name} {'train' if train else 'test'}"
         images = check_images(np.asarray(part.data), where)
         labels = check_labels(np.asarray(part.targets), len(images), known.num_classes, where)
         loaded.append((images, labels))
     return Arrays(*loaded[0], *loaded[1], num_classes=known.num_classes, scale=255.0)
+
+
+def _not_there(known: KnownSet, root: Path, download: bool, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    places = f"{root / known.files} or {root / known.name}/train_images.npy"
+    if download:
+        return f'data "{known.name}": downloading failed ({reason}); try again, or put the files into {places} yourself'
+    # What torchvision says of its own argument is no advice for a caller of ours.
+    reason = reason.partition(" You can use download")[0].rstrip(".")
+    return (
+        f'data "{known.name}" not found or broken ({reason}); looked for {places}; put the files there, name another '
+        "folder (--data-dir), or allow downloading them (download=True, --download)"
+    )
 
 
 def load_arrays(folder: Path, num_classes: int | None, in_shape: tuple[int, int, int] | None) -> Arrays:

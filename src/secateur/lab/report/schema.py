@@ -255,7 +255,8 @@ def read_result(raw: Mapping[str, Any]) -> Result:
         CheckpointError: one line with the run, the key path, what was got and what was expected.
     """
     if not isinstance(raw, Mapping):
-        raise CheckpointError(f"result: got {type(raw).__name__}, expected a JSON object; make the report again")
+        got = "null" if raw is None else type(raw).__name__
+        raise CheckpointError(f"result: got {got}, expected a JSON object; run the recipe again")
     name = raw.get("name", "?")
     if raw.get("schema") != SCHEMA:
         raise CheckpointError(
