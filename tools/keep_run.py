@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from secateur.lab.report import summary_lines
 from secateur.core.statistics import mean_interval
+from secateur.lab.report import summary_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- demo output -->\n```text\n).*?(```\n<!-- end of demo output -->)", re.DOTALL)
