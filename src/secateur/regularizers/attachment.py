@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from secateur.core.duration import Progress
 from secateur.core.masks import Masks
 from secateur.core.targets import Targets, find_targets, unwrap
-from secateur.errors import CheckpointError, NoEffectError, UsageError
+from secateur.errors import CheckpointError, NoEffectError, UsageError, nearest
 from secateur.regularizers.base import Regularizer
 from secateur.regularizers.parallel import is_wrapped, not_averaged
 from secateur.regularizers.stream import NoiseStream
@@ -69,7 +69,7 @@ class Attachment(metaclass=_Attaching):
     def __init__(self, spec: Regularizer, model: nn.Module, targets: Targets | None, seed: int) -> None:
         self.spec, self.model = spec, model
         self.network = unwrap(model)
-        self.targets = find_targets(self.network, kind=spec.acts_on) if targets is None else targets
+        self.targets = _chosen(spec, self.network, targets)
         self.parameters = self.targets.tensors(self.network)
         devices = {p.device for p in self.parameters.values()}
         if len(devices) > 1:
@@ -128,16 +128,42 @@ class Attachment(metaclass=_Attaching):
 
         It is part of `named_parameters()` and `state_dict()` of the network while attached, so that optimizers,
         data-parallel wrappers and checkpoints treat it like any other. Weight decay should spare it.
+
+        Args:
+            module: path of a submodule, `target.module` mostly; `""` is the network itself.
+            name: what it is called there; must be free, so let it begin with the method's name.
+            initial: what it starts from, on the device and of the dtype of what it acts with.
         """
+        holder = self._holder(module, name)
         if not self.learned:
             if is_wrapped(self.model):
                 raise UsageError(self._unaveraged)
             self._handles.append(self.model.register_forward_pre_hook(Hook(self._expect_averaged)))
             self._handles.append(register_optimizer_step_pre_hook(self._expect_trained))
         parameter = nn.Parameter(initial)
-        self.network.get_submodule(module).register_parameter(name, parameter)
+        holder.register_parameter(name, parameter)
         self.learned[f"{module}.{name}" if module else name] = parameter
         return parameter
+
+    def _holder(self, module: str, name: str) -> nn.Module:
+        """The submodule that a learned parameter is for, if the name is free in it."""
+        what = f'{type(self.spec).__name__}: learn("{module}", "{name}", ...)'
+        try:
+            holder = self.network.get_submodule(module)
+        except AttributeError as error:
+            near = nearest(module, [path for path, _ in self.network.named_modules()])
+            if module in dict(self.network.named_parameters(remove_duplicate=False)):
+                near = [module.rpartition(".")[0]]
+            hint = "nearest: " + ", ".join(f'"{path}"' for path in near) if near else "pass target.module"
+            raise UsageError(f"{what}: expected the path of a module, got none's; {hint}") from error
+        if not name or "." in name:
+            raise UsageError(f"{what}: a parameter's name is not empty and has no dot")
+        if hasattr(holder, name):
+            raise UsageError(
+                f'{what}: that {type(holder).__name__} already has "{name}"; if the method is attached already, '
+                "finalize() or remove() that attachment first; else choose another name, with the method's in front"
+            )
+        return holder
 
     @property
     def _unaveraged(self) -> str:
@@ -263,6 +289,26 @@ class Attachment(metaclass=_Attaching):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _chosen(spec: Regularizer, network: nn.Module, targets: Targets | None) -> Targets:
+    method = type(spec).__name__
+    if targets is None:
+        try:
+            return find_targets(network, kind=spec.acts_on)
+        except NoEffectError as error:
+            if spec.acts_on == "weight":
+                raise
+            raise NoEffectError(
+                f"{error}: {method} acts on the scales of BatchNorm layers; for a network without them, DDropScale "
+                "(ddrop_scale) adds scales of its own"
+            ) from None
+    if not isinstance(targets, Targets):
+        raise UsageError(
+            f"{method}: targets is of type {type(targets).__name__}, expected Targets; make them with "
+            'find_targets(model, include=["layer1.*"])'
+        )
+    return targets
 
 
 def _places(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[Any, str, Any]]]:

@@ -73,10 +73,10 @@ class WeightNoise(Regularizer):
         Args:
             target: name and shape; `target.rows`, `target.unrows` and `target.spread` translate units.
             weight: the parameter, detached; do not change it.
-            stream: where random numbers come from; resumes bitwise.
-            progress: where the run stands.
+            stream: where random numbers come from (`bernoulli`, `normal`, `uniform`); resumes bitwise.
+            progress: where the run stands: `fraction` and `epoch_fraction` in [0, 1], `step`, `steps`, `epoch`.
 
-        Returns: a tensor that broadcasts against `weight` (0 = dropped), or None for no change.
+        Returns: a tensor of finite numbers that broadcasts against `weight` (0 = dropped), or None for no change.
         """
 
     def attach(self, model: nn.Module, targets: Targets | None = None, *, seed: int = 0) -> Attachment:

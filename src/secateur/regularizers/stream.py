@@ -1,4 +1,4 @@
-"""A resumable stream of random decisions, drawn outside autograd and outside compiled graphs."""
+"""A resumable stream of random decisions and numbers, drawn outside autograd and outside compiled graphs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,22 @@ def as_numbers(decisions: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class NoiseStream:
-    """Bernoulli masks from a private generator; the global generators are neither read nor changed.
+    """Decisions, normal and uniform numbers from a private generator; the global ones are neither read nor changed.
 
-    On the CPU decisions come from at most 16 random bits each (probabilities are rounded to multiples of 2^-16),
-    which is several times faster than drawing floats. On other devices a `torch.Generator` of that device is used.
+    What is drawn lies on the stream's device, that of the targets. On the CPU it is made by numpy's SFC64: decisions
+    from at most 16 random bits each (probabilities are rounded to multiples of 2^-16), which is several times faster
+    than drawing floats. On other devices a `torch.Generator` of that device is used.
 
-    Randomness: determined by the seed, the device type and the sequence of calls.
+    Randomness: determined by the seed, the device type (a CPU and a GPU draw different numbers), the sequence of calls
+    and the versions of numpy and torch. Saved and loaded between any two calls, it goes on bitwise.
+
+    Examples:
+        >>> stream = NoiseStream(seed=0)
+        >>> saved = stream.state_dict()
+        >>> noise = stream.normal((2, 3))
+        >>> stream.load_state_dict(saved)
+        >>> torch.equal(stream.normal((2, 3)), noise)
+        True
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
@@ -58,6 +68,18 @@ class NoiseStream:
             undecided = np.flatnonzero(bits == np.uint8(first))
             decisions[undecided] = self._raw(undecided.size, np.uint8) < np.uint8(second)
         return torch.from_numpy(decisions.reshape(shape))
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Float32 tensor of `shape`, standard normal."""
+        if self.device.type != "cpu":
+            return torch.randn(shape, device=self.device, generator=self._generator)
+        return torch.from_numpy(np.random.Generator(self._bits).standard_normal(shape, dtype=np.float32))
+
+    def uniform(self, shape: tuple[int, ...]) -> Tensor:
+        """Float32 tensor of `shape`, uniform in [0, 1)."""
+        if self.device.type != "cpu":
+            return torch.rand(shape, device=self.device, generator=self._generator)
+        return torch.from_numpy(np.random.Generator(self._bits).random(shape, dtype=np.float32))
 
     def _raw(self, count: int, kind: type[np.unsignedinteger]) -> np.ndarray:
         return self._bits.random_raw(-(-count * np.dtype(kind).itemsize // 8)).view(kind)[:count]

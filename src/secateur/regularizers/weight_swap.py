@@ -24,16 +24,22 @@ _LIVE: weakref.WeakSet[WeightSwap] = weakref.WeakSet()
 class _Slot:
     """A target's parameter, its plain weight, and the noisy one that stands in for it during a draw."""
 
-    __slots__ = ("had_hooks", "hooked", "multiplier", "noisy", "parameter", "plain", "target", "version")
+    __slots__ = ("checked", "had_hooks", "hooked", "multiplier", "noisy", "parameter", "plain", "target", "version")
 
     def __init__(self, target: Target, parameter: nn.Parameter) -> None:
         self.target, self.parameter = target, parameter
         self.had_hooks = parameter._backward_hooks is not None
-        self.hooked = False
+        self.checked = self.hooked = False
         self.multiplier: Tensor | None = None
         self.plain: Tensor | None = None
         self.noisy: Tensor | None = None
         self.version = 0
+
+
+def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:
+    """Whether a tensor of `shape` broadcasts against one of `onto` without making it larger."""
+    missing = len(onto) - len(shape)
+    return missing >= 0 and all(one in (1, other) for one, other in zip(shape, onto[missing:], strict=True))
 
 
 class WeightSwap(Attachment):
@@ -121,6 +127,10 @@ class WeightSwap(Attachment):
             multiplier = self._noise.multiplier(slot.target, weight, self.stream, self.progress)
             if multiplier is None:
                 continue
+            self._check(slot, multiplier)
+            if multiplier.is_floating_point():
+                # Gradients keep their type.
+                multiplier = multiplier.to(weight.dtype)
             if slot.noisy is None or slot.noisy.shape != weight.shape:
                 slot.noisy = torch.empty_like(weight)
             slot.plain, slot.multiplier = weight, multiplier
@@ -129,6 +139,20 @@ class WeightSwap(Attachment):
             self._swapped.append(slot)
         # Autocast would otherwise go on using the cast of an earlier draw.
         torch.clear_autocast_cache()
+
+    def _check(self, slot: _Slot, multiplier: Any) -> None:
+        """Whether it can be multiplied with; whether it is a number, once, because looking takes time."""
+        what = f'{type(self._noise).__name__}.multiplier for "{slot.target.name}"'
+        if not isinstance(multiplier, Tensor):
+            raise UsageError(f"{what} returned a {type(multiplier).__name__}, expected a tensor, or None for no change")
+        if not _broadcasts(multiplier.shape, slot.parameter.shape):
+            raise UsageError(
+                f"{what} returned shape {list(multiplier.shape)}, expected one that broadcasts against the weight's, "
+                f"{list(slot.parameter.shape)}: target.unrows for a number per weight, target.spread for one per unit"
+            )
+        if not slot.checked and not bool(multiplier.isfinite().all()):
+            raise UsageError(f"{what} returned numbers that are not finite; expected 0 for what is dropped")
+        slot.checked = True
 
     def end(self) -> None:
         lost = self._restore()

@@ -18,6 +18,7 @@ from secateur.core.targets import Targets, find_targets
 from secateur.criteria.base import Criterion
 from secateur.criteria.driver import Loss
 from secateur.errors import UsageError
+from secateur.sparsify.arguments import expect_criterion, expect_sparsity, expect_targets
 from secateur.sparsify.ranking import SelectionRule, rank
 
 __all__ = ["prune_in_rounds"]
@@ -54,6 +55,9 @@ def prune_in_rounds(
         >>> prune_in_rounds(nn.Linear(8, 4), Magnitude(), 0.75, rounds=3).kept
         8
     """
+    expect_criterion("prune_in_rounds", criterion)
+    expect_targets("prune_in_rounds", targets)
+    expect_sparsity("prune_in_rounds", sparsity)
     prune_count(1, sparsity)
     if rounds < 1:
         raise UsageError(f"prune_in_rounds: rounds is at least 1, got {rounds}")

@@ -13,6 +13,7 @@ from secateur.core.targets import Targets
 from secateur.errors import UsageError
 from secateur.regularizers.attachment import Attachment
 from secateur.regularizers.base import Regularizer
+from secateur.sparsify.arguments import expect_regularizer, expect_targets
 
 __all__ = ["Sparsifier"]
 
@@ -42,6 +43,8 @@ class Sparsifier:
         targets: Targets | None = None,
         seed: int = 0,
     ) -> None:
+        expect_regularizer("Sparsifier", regularizer)
+        expect_targets("Sparsifier", targets)
         if steps < 1:
             raise UsageError(f"Sparsifier: steps is the length of the run, at least 1, got {steps}")
         self.model, self.regularizer, self.targets, self.seed = model, regularizer, targets, seed

@@ -187,9 +187,12 @@ def _check_seed(name: str, spec: Regularizer) -> None:
     that(untouched == generators(), f"{name}: it used or seeded a global random generator; draw from the stream")
     if spec.draws_noise:
         differs = any(not torch.equal(first[n], plain[n]) for n in plain)
-        that(differs, f"{name}: says it draws noise, but training under it equals plain training bitwise")
+        way_out = "or say draws_noise = False, if it draws none"
+        what = "says it draws noise, but training under it equals plain training bitwise"
+        that(differs, f"{name}: {what}; choose settings that act, {way_out}")
         differs = any(not torch.equal(first[n], other[n]) for n in first)
-        that(differs, f"{name}: two seeds gave the same training bitwise; the noise ignores its seed")
+        what = "two seeds gave the same training bitwise; the noise ignores its seed"
+        that(differs, f"{name}: {what}; draw it from the attachment's stream, {way_out}")
 
 
 def _check_resume(name: str, spec: Regularizer) -> None:
