@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 from secateur._version import __version__
 
 if TYPE_CHECKING:
+    from secateur.analysis.connectivity import disconnected_layers
     from secateur.analysis.cost import Cost, compare_costs, measure_cost
+    from secateur.analysis.feature_variance import FeatureVariance, VarianceRatio, feature_variance, variance_ratio
+    from secateur.analysis.gradient_flow import GradientFlow, gradient_flow
+    from secateur.analysis.hessian import HessianForm, hessian_form
     from secateur.analysis.latency import latency_ratio, measure_latency
     from secateur.analysis.mc_dropout import MCPrediction, mc_predict
+    from secateur.analysis.spread import Spread, spread
+    from secateur.analysis.stability import LayerCollapse, LayerOverlap, MaskOverlap, collapsed_layers, mask_overlap
+    from secateur.analysis.weight_cdf import WeightCDF, weight_cdf
+    from secateur.analysis.weight_dependence import WeightDependence, weight_dependence
     from secateur.core.duration import Duration, Progress
     from secateur.core.groups import Group, Groups
     from secateur.core.masks import Hold, Masks
@@ -54,6 +62,10 @@ if TYPE_CHECKING:
     from secateur.regularizers.soft_filter_pruning import SoftFilterPruning
     from secateur.regularizers.targeted_dropout import TargetedDropout
     from secateur.regularizers.variational_dropout import VariationalDropout
+    from secateur.search.result import SearchResult
+    from secateur.search.run import run_search
+    from secateur.search.space import Space
+    from secateur.search.spec import SearchSpec
     from secateur.sparsify.iterate import next_masks, next_units
     from secateur.sparsify.ranking import SelectionRule, rank, rank_units
     from secateur.sparsify.rounds import prune_in_rounds
@@ -67,9 +79,23 @@ if TYPE_CHECKING:
     from secateur.variants.outcome import Outcome
     from secateur.variants.race import Arm, RaceResult
     from secateur.variants.racing import race_variants
+    from secateur.variants.sensitivity import LayerStep, Sensitivity, sensitivity
     from secateur.variants.workbench import Workbench
 
 _HOMES = {
+    "analysis.connectivity": ("disconnected_layers",),
+    "analysis.feature_variance": ("FeatureVariance", "VarianceRatio", "feature_variance", "variance_ratio"),
+    "analysis.gradient_flow": ("GradientFlow", "gradient_flow"),
+    "analysis.hessian": ("HessianForm", "hessian_form"),
+    "analysis.spread": ("Spread", "spread"),
+    "analysis.stability": ("LayerCollapse", "LayerOverlap", "MaskOverlap", "collapsed_layers", "mask_overlap"),
+    "analysis.weight_cdf": ("WeightCDF", "weight_cdf"),
+    "analysis.weight_dependence": ("WeightDependence", "weight_dependence"),
+    "variants.sensitivity": ("LayerStep", "Sensitivity", "sensitivity"),
+    "search.result": ("SearchResult",),
+    "search.run": ("run_search",),
+    "search.space": ("Space",),
+    "search.spec": ("SearchSpec",),
     "analysis.cost": ("Cost", "compare_costs", "measure_cost"),
     "analysis.latency": ("latency_ratio", "measure_latency"),
     "analysis.mc_dropout": ("MCPrediction", "mc_predict"),
@@ -146,19 +172,26 @@ __all__ = [
     "Dropout",
     "Duration",
     "Evidence",
+    "FeatureVariance",
+    "GradientFlow",
     "Gradual",
     "GradualPruning",
     "Grasp",
     "Group",
     "Groups",
+    "HessianForm",
     "Hold",
     "Irrelevance",
     "Iterative",
     "Lamp",
+    "LayerCollapse",
+    "LayerOverlap",
     "LayerSparsity",
+    "LayerStep",
     "Learned",
     "MCPrediction",
     "Magnitude",
+    "MaskOverlap",
     "MaskPoolDropout",
     "Masks",
     "MeanActivation",
@@ -175,32 +208,46 @@ __all__ = [
     "Random",
     "Regularizer",
     "Saliency",
+    "SearchResult",
+    "SearchSpec",
     "SecateurError",
     "SelectionRule",
+    "Sensitivity",
     "Smallify",
     "Snip",
     "SoftFilterPruning",
+    "Space",
     "Sparsifier",
+    "Spread",
     "SynFlow",
     "Target",
     "TargetedDropout",
     "Targets",
     "Taylor",
     "UnitMasks",
+    "VarianceRatio",
     "Variant",
     "VariationalDropout",
     "Wanda",
+    "WeightCDF",
+    "WeightDependence",
     "WeightNoise",
     "Workbench",
     "__version__",
     "align",
+    "collapsed_layers",
     "compare_costs",
     "cut_verified_",
+    "disconnected_layers",
     "evaluate_variants",
+    "feature_variance",
     "find_targets",
+    "gradient_flow",
+    "hessian_form",
     "latency_ratio",
     "load_pruned",
     "make_plan",
+    "mask_overlap",
     "max_difference",
     "mc_predict",
     "measure_cost",
@@ -213,12 +260,18 @@ __all__ = [
     "race_variants",
     "rank",
     "rank_units",
+    "run_search",
     "save_pruned",
     "score_targets",
     "select",
+    "sensitivity",
+    "spread",
     "trace_groups",
     "unit_mask",
+    "variance_ratio",
     "variant_from",
+    "weight_cdf",
+    "weight_dependence",
 ]
 
 

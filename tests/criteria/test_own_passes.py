@@ -279,6 +279,23 @@ def test_a_layer_without_second_derivative_is_told():
         _score(Grasp(), Net(), [(torch.randn(4, 3), torch.zeros(4).long())])
 
 
+def test_a_loss_that_ends_without_second_derivative_is_told():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    batches = [(torch.randn(4, 3), torch.zeros(4).long())]
+    with pytest.raises(UsageError, match="no second derivative"):
+        _score(Grasp(), nn.Linear(3, 2), batches, loss=lambda f, y: Once.apply(f).mean())
+
+
 def test_a_temperature_needs_one_tensor_of_logits():
     class Pair(nn.Linear):
         def forward(self, x):

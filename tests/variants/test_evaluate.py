@@ -170,6 +170,7 @@ def test_any_score_an_example_and_its_journal(tmp_path):
     assert first.values.dtype == np.float32
     assert np.array_equal(first.values, again.values)
     assert first.difference(VARIANTS[0], VARIANTS[1]).method == "paired t over examples"
+    assert first.spread().low <= first.spread().mean <= first.spread().high
 
 
 def test_differences_are_paired_and_rows_say_what_they_are_of():
@@ -182,7 +183,7 @@ def test_differences_are_paired_and_rows_say_what_they_are_of():
     rows = json.loads(json.dumps(outcome.rows()))
     assert [row["count"] for row in rows] == [50] * 4
     assert rows[3]["sparsity"] == b.sparsity
-    assert outcome.spread().n == 4
+    assert outcome.spread().interval.n == 4
     with pytest.raises(UsageError, match="was not evaluated"):
         outcome.of(NoisyPrune(0.9, 0.9))
 

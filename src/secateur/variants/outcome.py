@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from secateur.core.statistics import Interval, mean_interval, paired_examples
+from secateur.analysis.spread import Spread, spread
+from secateur.core.statistics import Interval, paired_examples
 from secateur.errors import UsageError
 from secateur.variants.kinds import Variant
 
@@ -59,11 +60,12 @@ class Outcome:
         """Mean of `a` minus mean of `b`, on the same examples, with an interval."""
         return paired_examples(self.of(a), self.of(b))
 
-    def spread(self, variants: Sequence[Variant] | None = None) -> Interval:
-        """The mean over variants that differ in their seed, with an interval over the seeds."""
+    def spread(self, variants: Sequence[Variant] | None = None) -> Spread:
+        """Of the means of variants that differ in their seed, with an interval over the seeds."""
         chosen = self.variants if variants is None else variants
-        count = self.values.shape[1] if self.values.dtype == bool else None
-        return mean_interval([float(self.of(v).mean(dtype=np.float64)) for v in chosen], count)
+        shares = self.values.dtype == bool
+        count = self.values.shape[1] if shares else None
+        return spread([float(self.of(v).mean(dtype=np.float64)) for v in chosen], shares=shares, count=count)
 
     def rows(self) -> list[dict[str, Any]]:
         """For a table: what each variant is, its mean, and how many examples that is of."""

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secateur.criteria.gathering.batches import Batches, Loss, finite, labelled, undisturbed
 from secateur.errors import UsageError
 
-__all__ = ["hessian_gradient"]
+__all__ = ["differentiates_once", "hessian_gradient"]
 
 _Gradients = tuple[Tensor | None, ...]
 _NO_SECOND = "hessian_gradient: a layer of the network has no second derivative ({}); choose another criterion"
@@ -66,13 +66,15 @@ def _losses(network: nn.Module, batches: Batches, loss: Loss, temperature: float
 def _directional(value: Tensor, tensors: list[nn.Parameter], direction: _Gradients) -> _Gradients:
     """Derivative of the gradient of `value` along `direction`."""
     try:
-        gradients = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
+        # A seed that could be differentiated too: every function that stops at one derivative then shows in the graph.
+        seed = torch.ones_like(value, requires_grad=True)
+        gradients = torch.autograd.grad(value, tensors, seed, create_graph=True, allow_unused=True)
         along = [(g * d).sum() for g, d in zip(gradients, direction, strict=True) if g is not None and d is not None]
         total = torch.stack(along).sum() if along else value.detach()
         if not total.requires_grad:
             # The loss is linear in every parameter, so that its Hessian is zero.
             return tuple(None for _ in tensors)
-        if _differentiates_once(total):
+        if differentiates_once(total):
             raise UsageError(_NO_SECOND.format("a function marked once_differentiable"))
         return torch.autograd.grad(total, tensors, allow_unused=True)
     except RuntimeError as error:
@@ -81,7 +83,7 @@ def _directional(value: Tensor, tensors: list[nn.Parameter], direction: _Gradien
         raise UsageError(_NO_SECOND.format(str(error).splitlines()[0])) from error
 
 
-def _differentiates_once(value: Tensor) -> bool:
+def differentiates_once(value: Tensor) -> bool:
     """Whether a part of the graph behind `value` would raise if its derivative were asked for."""
     # A gradient that is asked for by name goes round such a part in silence, and would come out wrong.
     stack, seen = [value.grad_fn], set()
