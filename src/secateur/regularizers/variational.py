@@ -50,6 +50,32 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(size) for t in tensors), strict=True)
 
 
+class _Divergence(torch.autograd.Function):
+    """The sum of `divergence(log_alpha)` over the weights of a layer, with its derivatives, in one go: what autograd
+    keeps for them would be ten copies of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, log_sigma2: Tensor) -> Tensor:
+        of_weight, of_sigma = torch.empty_like(weight), torch.empty_like(weight)
+        total = weight.new_zeros(())
+        for w, s, dw, ds in _pieces(weight, log_sigma2, of_weight, of_sigma):
+            log_alpha = log_alpha_of(w, s)
+            limited = log_alpha.clamp(-_LIMIT, _LIMIT)
+            near, own = torch.sigmoid(_K2 + _K3 * limited), torch.sigmoid(limited)
+            total += (_K1 - _K1 * near - 0.5 * torch.log(own)).sum()
+            slope = -_K1 * _K3 * near * (1.0 - near) - 0.5 * (1.0 - own)
+            ds.copy_(slope.mul_(limited == log_alpha))
+            torch.mul(slope, -2.0 * w / (w.square() + _EPSILON), out=dw)
+        ctx.save_for_backward(of_weight, of_sigma)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        of_weight, of_sigma = ctx.saved_tensors
+        return gradient * of_weight, gradient * of_sigma
+
+
 class _Square(torch.autograd.Function):
     """`x * x`, whose own backward pass in torch makes two copies more."""
 
@@ -122,8 +148,11 @@ class VariationalNoise(Attachment):
         self._seeds.clear()
 
     def _log_alpha(self, target: Target) -> Tensor:
-        log_sigma2 = getattr(self.network.get_submodule(target.module), _LEAF)
-        return log_alpha_of(self.parameters[target.name], log_sigma2)
+        return log_alpha_of(self.parameters[target.name], self._log_sigma2(target))
+
+    def _log_sigma2(self, target: Target) -> nn.Parameter:
+        learned: nn.Parameter = getattr(self.network.get_submodule(target.module), _LEAF)
+        return learned
 
     def _kept(self, target: Target) -> Tensor:
         return self._log_alpha(target).detach().clamp(-_LIMIT, _LIMIT) < self._dropout.threshold
@@ -147,8 +176,8 @@ class VariationalNoise(Attachment):
         warm = min(1.0, self.progress.fraction / spec.warmup) if spec.warmup else 1.0
         if not spec.factor:
             return 0.0
-        every = torch.cat([self._log_alpha(t).flatten() for t in self.targets])
-        return spec.factor * warm * divergence(every.clamp(-_LIMIT, _LIMIT)).sum()
+        each = [_Divergence.apply(self.parameters[t.name], self._log_sigma2(t)) for t in self.targets]
+        return spec.factor * warm * torch.stack(each).sum()
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
