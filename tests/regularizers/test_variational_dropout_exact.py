@@ -210,10 +210,10 @@ def test_noise_on_outputs_equals_the_plain_formula_and_stands_rounding_below_zer
     ours, plain = ([t.clone().requires_grad_() for t in (mean, variance)] for _ in range(2))
     # The variance is overwritten: what a layer puts out, not a leaf.
     noisy = _Noisy.apply(ours[0] * 1, ours[1] * 1, seed)
-    torch.testing.assert_close(noisy, plain[0] + plain[1].sqrt() * noise)
+    torch.testing.assert_close(noisy, plain[0] + (plain[1] + 1e-8).sqrt() * noise)
     weights = torch.randn_like(mean)
     (noisy * weights).sum().backward()
-    ((plain[0] + plain[1].sqrt() * noise) * weights).sum().backward()
+    ((plain[0] + (plain[1] + 1e-8).sqrt() * noise) * weights).sum().backward()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     below = _Noisy.apply(mean.clone(), torch.full_like(mean, -1e-12), seed)

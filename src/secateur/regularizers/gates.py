@@ -132,7 +132,11 @@ class HardConcreteGates(Gates):
     def __init__(self, spec: L0, model: nn.Module, targets: Targets | None, seed: int) -> None:
         self._l0 = spec
         self._logistic: dict[str, Tensor] = {}
+        self._gates: dict[str, Tensor] = {}
         super().__init__(spec, model, targets, seed)
+        # Unit gates are few numbers in many layers, so all are worked on as one: calls are what they cost.
+        self._sizes = [t.units for t in self.targets]
+        self._fan_in = torch.tensor([float(t.fan_in) for t in self.targets])
         self._device = self.stream.device
         # It draws seeds, whatever device the noise is for.
         self.stream = NoiseStream(seed)
@@ -147,22 +151,33 @@ class HardConcreteGates(Gates):
             log_alpha = self.parameter(target)
             uniform = seeded_uniform(tuple(log_alpha.shape), seed, self._device)
             self._logistic[target.name] = torch.logit(uniform, eps=1e-6).to(log_alpha.dtype)
+        if self._by_unit:
+            gates = hard_concrete(self._log_alphas(), torch.cat(list(self._logistic.values())))
+            self._gates = dict(zip(self._logistic, gates.split(self._sizes), strict=True))
+
+    def _log_alphas(self) -> Tensor:
+        return torch.cat([self.parameter(t) for t in self.targets])
 
     def end(self) -> None:
         self._logistic.clear()
+        self._gates.clear()
 
     def gate(self, target: Target, training: bool) -> Tensor:
         # Without noise it is a pass without gradients.
-        noisy = (training or self.is_sampling) and target.name in self._logistic
-        return hard_concrete(self.parameter(target), self._logistic[target.name] if noisy else None)
+        if not (training or self.is_sampling) or target.name not in self._logistic:
+            return hard_concrete(self.parameter(target))
+        if self._by_unit:
+            return self._gates[target.name]
+        return hard_concrete(self.parameter(target), self._logistic[target.name])
 
     def penalty(self) -> Tensor | float:
         if not self._l0.factor:
             return 0.0
-        expected = [
-            keep_probability(self.parameter(t)).sum() * (t.fan_in if self._by_unit else 1) for t in self.targets
-        ]
-        return self._l0.factor * torch.stack(expected).sum()
+        if self._by_unit:
+            kept = keep_probability(self._log_alphas())
+            weights = self._fan_in.repeat_interleave(torch.tensor(self._sizes)).to(kept.device, kept.dtype)
+            return self._l0.factor * (kept * weights).sum()
+        return self._l0.factor * torch.stack([keep_probability(self.parameter(t)).sum() for t in self.targets]).sum()
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:

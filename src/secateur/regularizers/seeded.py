@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.core.normal import standard_normal
 from secateur.regularizers.stream import NoiseStream
 
 __all__ = ["draw_seeds", "normal_like", "seeded_uniform"]
@@ -28,6 +30,9 @@ def seeded_uniform(shape: tuple[int, ...], seed: int, device: torch.device) -> T
 
 
 def _normal_like(like: Tensor, seed: Tensor) -> Tensor:
+    if like.device.type == "cpu" and like.dtype != torch.float64:
+        drawn = standard_normal(like.numel(), np.random.SFC64(int(seed)), terms=1)
+        return torch.from_numpy(drawn).to(like.dtype).reshape(like.shape)
     generator = torch.Generator(like.device).manual_seed(int(seed))
     # Contiguous whatever `like` is, so that the layout of the activations does not decide which number goes where.
     return torch.empty(like.shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
@@ -46,6 +51,8 @@ _operator.register_fake(_shaped_like)
 
 def normal_like(like: Tensor, seed: Tensor) -> Tensor:
     """Standard normal numbers, shape and dtype of `like`; no gradient. Works inside compiled graphs.
+
+    On the CPU and below float64 they are one of 65,536 quantiles, see `secateur.core.normal`: twice as fast.
 
     Args:
         seed: an int64 number on the CPU.

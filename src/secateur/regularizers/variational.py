@@ -95,7 +95,7 @@ class _Square(torch.autograd.Function):
 
 
 class _Noisy(torch.autograd.Function):
-    """`mean + sqrt(variance) * noise`; the variance is overwritten.
+    """`mean + sqrt(variance + 1e-8) * noise`; the variance is overwritten.
 
     The outputs are what this method costs, so they are read and written no more than is necessary.
     """
@@ -105,7 +105,7 @@ class _Noisy(torch.autograd.Function):
         noise = normal_like(mean, seed)
         for m, v, n in _pieces(mean, variance, noise):
             # Fast convolutions may fall below zero by rounding.
-            scale = v.clamp_min_(_EPSILON).sqrt_()
+            scale = v.clamp_min_(0.0).add_(_EPSILON).sqrt_()
             deviation = scale * n
             torch.div(n, scale, out=v).mul_(0.5)
             torch.add(m, deviation, out=n)
@@ -164,8 +164,7 @@ class VariationalNoise(Attachment):
             if not (layer.training or self.is_sampling) or target.name not in self._seeds:
                 return layer_output(layer, x, layer.weight * self._kept(target), layer.bias, output.shape)
             noise_of_weights = self._log_alpha(target).clamp(-_LIMIT, _LIMIT).exp() * layer.weight.square()
-            floor = noise_of_weights.new_full((target.units,), _EPSILON)
-            variance = layer_output(layer, _Square.apply(x), noise_of_weights, floor, output.shape)
+            variance = layer_output(layer, _Square.apply(x), noise_of_weights, None, output.shape)
             noisy: Tensor = _Noisy.apply(output, variance, self._seeds[target.name])
             return noisy
 
