@@ -2,9 +2,9 @@
 
     python benchmarks/step_memory.py [--json FILE]
 
-The peak of resident memory over a few steps (SGD with momentum), each case in a fresh process, minus that of plain steps;
-a network of 17 M weights and a batch of 8, so that weights are what counts. What is drawn for a step, the multiplied
-copy of the weights, masks, learned parameters with their gradient and momentum are all in it.
+The peak of resident memory over a few steps (SGD with momentum), each case in a fresh process, minus that of plain
+steps; a network of 17 M weights and a batch of 8, so that weights are what counts. What is drawn for a step, the
+multiplied copy of the weights, masks, learned parameters with their gradient and momentum are all in it.
 """
 
 from __future__ import annotations
