@@ -6,6 +6,7 @@ Several results of one script (one a case) are joined into one table. Every scri
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def _line(row: dict[str, Any]) -> str:
     goal = "" if row["goal"] is None else f"{'>=' if row['at_least'] else '<='} {row['goal']:g}"
     verdict = {None: "", True: "met", False: "**missed**"}[row["met"]]
     said = "; ".join(part for part in (verdict, row["note"]) if part)
-    cells = (row["case"], row["name"], f"{row['milliseconds']:.2f}", f"{row['ratio']:.3f}", interval, goal, said)
+    time = "" if math.isnan(row["milliseconds"]) else f"{row['milliseconds']:.2f}"
+    cells = (row["case"], row["name"], time, f"{row['ratio']:.3f}", interval, goal, said)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
