@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from secateur.core.statistics import (
     BOOTSTRAP_FROM,
     Interval,
+    above,
     holm,
     mean_interval,
     paired_difference,
@@ -244,3 +245,22 @@ def test_paired_examples_by_hand():
     assert values.mean == pytest.approx(3.5 / 3)
     with pytest.raises(UsageError, match="expected"):
         paired_examples(a, b[:3])
+
+
+def test_above_a_constant_by_counting_all_signs():
+    # Every assignment of signs to the ranks is as likely: the share with a rank sum as large as that found.
+    values, constant = [0.5, 0.61, 0.45, 0.72, 0.59], 0.47
+    differences = np.array(values) - constant
+    ranks = np.abs(differences).argsort().argsort() + 1
+    found = sum(r for r, d in zip(ranks, differences, strict=True) if d > 0)
+    sums = [sum(r for i, r in enumerate(ranks) if signs >> i & 1) for signs in range(2**5)]
+    p, name = above(values, constant)
+    assert p == pytest.approx(np.mean([s >= found for s in sums]))
+    assert "Wilcoxon" in name
+    # Equal sizes: eight of ten above.
+    p, name = above([0.6] * 8 + [0.4] * 2, 0.5)
+    assert p == pytest.approx(sum(math.comb(10, k) for k in (8, 9, 10)) / 2**10)
+    assert "sign test" in name
+    assert above([0.5, 0.5], 0.5) == (1.0, "no test: all values equal the constant")
+    with pytest.raises(UsageError, match="finite"):
+        above([], 0.5)

@@ -24,6 +24,7 @@ from secateur.errors import UsageError
 __all__ = [
     "BOOTSTRAP_FROM",
     "Interval",
+    "above",
     "holm",
     "mean_interval",
     "paired_difference",
@@ -235,6 +236,40 @@ def paired_examples(a: NDArray[Any], b: NDArray[Any], confidence: float = 0.95) 
     return Interval(
         mean, mean - half, mean + half, n, "paired t over examples", _student_p(mean / error, n), confidence
     )
+
+
+def above(values: Sequence[float], constant: float) -> tuple[float, str]:
+    """One-sided p-value for "these are larger than a constant", and the name of the test.
+
+    Exact Wilcoxon signed-rank test up to 50 differences of which no two are equally large; the exact sign test
+    otherwise. Differences of zero say nothing and are left out.
+
+    Args:
+        values: one a repetition, for instance accuracies of noisy networks.
+        constant: what has no spread, for instance the accuracy of the deterministic network.
+
+    Reference: Wilcoxon 1945; Conover 1999, sections 3.4 and 5.7.
+
+    Examples:
+        >>> above([0.8, 0.82, 0.79, 0.85, 0.81], 0.3)
+        (0.03125, 'exact Wilcoxon signed-rank test, one-sided')
+    """
+    differences = _finite(values, "above") - constant
+    # Values such as 0.9 - 0.8 and 0.8 - 0.7 differ in the last bit only.
+    differences = differences[np.abs(differences) > 1e-12]
+    n = len(differences)
+    if not n:
+        return 1.0, "no test: all values equal the constant"
+    sizes = np.sort(np.abs(differences))
+    if n <= 50 and bool((np.diff(sizes) > 1e-12).all()):
+        from scipy.stats import wilcoxon
+
+        found = wilcoxon(differences, alternative="greater", method="exact")
+        return float(found.pvalue), "exact Wilcoxon signed-rank test, one-sided"
+    from scipy.stats import binomtest
+
+    found = binomtest(int((differences > 0).sum()), n, alternative="greater")
+    return float(found.pvalue), "exact sign test, one-sided"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
