@@ -127,7 +127,8 @@ class WeightSwap(Attachment):
             multiplier = self._noise.multiplier(slot.target, weight, self.stream, self.progress)
             if multiplier is None:
                 continue
-            self._check(slot, multiplier)
+            if not slot.checked:
+                self._check(slot, multiplier)
             if multiplier.is_floating_point():
                 # Gradients keep their type.
                 multiplier = multiplier.to(weight.dtype)
@@ -141,7 +142,7 @@ class WeightSwap(Attachment):
         torch.clear_autocast_cache()
 
     def _check(self, slot: _Slot, multiplier: Any) -> None:
-        """Whether it can be multiplied with; whether it is a number, once, because looking takes time."""
+        """Whether it can be multiplied with; for a target's first draw only, because looking takes time."""
         what = f'{type(self._noise).__name__}.multiplier for "{slot.target.name}"'
         if not isinstance(multiplier, Tensor):
             raise UsageError(f"{what} returned a {type(multiplier).__name__}, expected a tensor, or None for no change")
@@ -150,7 +151,7 @@ class WeightSwap(Attachment):
                 f"{what} returned shape {list(multiplier.shape)}, expected one that broadcasts against the weight's, "
                 f"{list(slot.parameter.shape)}: target.unrows for a number per weight, target.spread for one per unit"
             )
-        if not slot.checked and not bool(multiplier.isfinite().all()):
+        if not bool(multiplier.isfinite().all()):
             raise UsageError(f"{what} returned numbers that are not finite; expected 0 for what is dropped")
         slot.checked = True
 
