@@ -77,6 +77,7 @@ COST = {
     "targeted_dropout": ["plain step", "targeted dropout, weight", "targeted dropout, unit"],
     "ddrop": ["plain step", "ddrop", "ddrop with L1"],
     "magnitude": ["speed-up: global_unstructured", "speed-up: ours, same rule", "extra memory: ours, same rule"],
+    "lamp": ["over magnitude: lamp, global", "over magnitude: lamp, min_keep=1", "extra memory: lamp, global"],
     "mean_activation": ["plain forward", "mean \\|a\\|"],
     "mask_pool": ["plain step", "mask pool"],
     "l1": ["plain step", "l1"],
