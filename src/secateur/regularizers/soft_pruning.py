@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,9 +52,9 @@ class _EpochPruner(Attachment):
             self._refuse_replaced()
             self.end_epoch()
 
+    @abstractmethod
     def end_epoch(self) -> None:
         """The epoch that `self.progress` ends is over."""
-        raise NotImplementedError
 
     def scores(self) -> dict[str, Tensor]:
         return {t.name: unit_norms(t, self.parameters[t.name].detach()) for t in self.targets}
