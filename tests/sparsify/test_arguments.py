@@ -12,6 +12,7 @@ from secateur.errors import UsageError
 from secateur.lab.oneshot import prune_units_, prune_weights
 from secateur.regularizers.none import NoRegularizer
 from secateur.regularizers.targeted_dropout import TargetedDropout
+from secateur.sparsify.ranking import rank, rank_units
 from secateur.sparsify.rounds import prune_in_rounds
 from secateur.sparsify.sparsifier import Sparsifier
 
@@ -88,3 +89,10 @@ def test_learned_scores_rank_weights_and_units():
     assert torch.equal(net[0].weight, expected)
     with pytest.raises(UsageError, match="learned"):
         prune_weights(network(), 0.5, criterion=Learned())
+
+
+def test_rankings_want_a_criterion_not_its_name():
+    with pytest.raises(UsageError, match=r"rank: criterion is .*magnitude"):
+        rank(network(), "magnitude")
+    with pytest.raises(UsageError, match=r"rank_units: criterion is"):
+        rank_units(network(), Magnitude, None)

@@ -19,6 +19,7 @@ from secateur.core.targets import Targets, find_targets
 from secateur.criteria.base import Criterion
 from secateur.criteria.driver import Loss, cell_scores, score_targets
 from secateur.errors import NoEffectError, UsageError
+from secateur.sparsify.arguments import expect_criterion
 
 __all__ = ["Ranking", "SelectionRule", "UnitRanking", "rank", "rank_units"]
 
@@ -137,6 +138,7 @@ def rank(
         targets: default: every prunable weight.
         batches, loss, learned: data and learned scores for criteria that need them, see `score_targets`.
     """
+    expect_criterion("rank", criterion)
     rule = rule or SelectionRule()
     shape = parse_granularity(granularity)
     if isinstance(shape, NofM) and (rule.scope != "tensor" or rule.allocation != "uniform"):
@@ -217,6 +219,7 @@ def rank_units(
     learned: Mapping[str, Tensor] | None = None,
 ) -> UnitRanking:
     """Score the units of every group in `groups` that may be cut and whose layers are all in `targets`."""
+    expect_criterion("rank_units", criterion)
     rule = rule or SelectionRule()
     if rule.allocation != "uniform":
         raise UsageError("units of dependency groups take allocation uniform (or scope global)")
