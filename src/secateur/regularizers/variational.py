@@ -62,7 +62,7 @@ class _Divergence(torch.autograd.Function):
             log_alpha = log_alpha_of(w, s)
             limited = log_alpha.clamp(-_LIMIT, _LIMIT)
             near, own = torch.sigmoid(_K2 + _K3 * limited), torch.sigmoid(limited)
-            total += (_K1 - _K1 * near - 0.5 * torch.log(own)).sum()
+            total += divergence(limited).sum()
             slope = -_K1 * _K3 * near * (1.0 - near) - 0.5 * (1.0 - own)
             ds.copy_(slope.mul_(limited == log_alpha))
             torch.mul(slope, -2.0 * w / (w.square() + _EPSILON), out=dw)
