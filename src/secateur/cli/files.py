@@ -56,6 +56,7 @@ def report(
     """Write the HTML report of one run, or a comparison of several. Example: secateur report runs/demo-*"""
     with errors_to_exit(json_):
         from secateur.lab.report import write_report
+        from secateur.lab.report.explore.render import write_exploration
         from secateur.lab.run import read_run
 
         # A shell's runs/* also names the folder of stages.
@@ -65,7 +66,10 @@ def report(
             command = shlex.join(["secateur", "report", *map(str, run), "--out", "comparison"])
             raise UsageError(f"several runs: say where their comparison goes, as in: {command}")
         folder = out if out is not None else (run[0] if run[0].is_dir() else run[0].parent) / "report"
-        path = write_report(results, folder)
+        explored = [result for result in results if result.get("kind") == "exploration"]
+        if explored and len(results) > 1:
+            raise UsageError("explorations are reported one at a time; name one of them")
+        path = write_exploration(explored[0], folder) if explored else write_report(results, folder)
         if json_:
             out_json({"report": str(path)})
         else:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from secateur._version import __version__
-from secateur.cli import catalog, files
+from secateur.cli import catalog, explore, files
 from secateur.cli.console import errors_to_exit, fail, human, listening, out_json, show_tracebacks, table
 from secateur.errors import CheckNotMetError, UsageError
+
+if TYPE_CHECKING:
+    from secateur.lab.explore.recipe import ExploreRecipe
+    from secateur.lab.recipe import Recipe
 
 __all__ = ["app", "main"]
 
@@ -30,6 +34,7 @@ app = typer.Typer(
 )
 catalog.add_to(app)
 files.add_to(app)
+explore.add_to(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for runs and their stages.")]
@@ -111,10 +116,14 @@ def check(
 ) -> None:
     """Validate a recipe without running anything. Example: secateur check my.yaml"""
     with errors_to_exit(json_):
+        from secateur.lab.explore.recipe import ExploreRecipe
         from secateur.lab.precheck import precheck
 
         loaded = _load(recipe, set_, seeds, allow_code)
         precheck(loaded, allow_code)
+        if isinstance(loaded, ExploreRecipe):
+            _checked_exploration(loaded, json_)
+            return
         trainings, rows = loaded.counts()
         counts = {"trainings": trainings, "rows": rows}
         if json_:
@@ -126,11 +135,22 @@ def check(
             )
 
 
-def _load(recipe: str, overrides: list[str], seeds: str | None, allow_code: list[str]):  # type: ignore[no-untyped-def]
-    from secateur.lab.recipe_file import load_recipe
+def _checked_exploration(recipe: ExploreRecipe, as_json: bool) -> None:
+    sections = [section.title or section.kind for section in recipe.explore]
+    if as_json:
+        out_json({"recipe": recipe.resolved(), "hash": recipe.hash, "sections": sections})
+    else:
+        typer.echo(f"{recipe.name} ({recipe.hash}) is valid: it explores one network, {', '.join(sections)}")
+
+
+def _load(recipe: str, overrides: list[str], seeds: str | None, allow_code: list[str]) -> Recipe | ExploreRecipe:
+    from secateur.lab.explore.recipe import ExploreRecipe
+    from secateur.lab.recipe_file import load_any
 
     extra = [f"seeds=[{', '.join(map(str, _parse_seeds(seeds)))}]"] if seeds is not None else []
-    return load_recipe(recipe, [*overrides, *extra], allow_code=allow_code)
+    if extra and isinstance(load_any(recipe, overrides, allow_code=allow_code), ExploreRecipe):
+        raise UsageError("--seeds: this recipe explores one network; set its seed (--set seed=1)")
+    return load_any(recipe, [*overrides, *extra], allow_code=allow_code)
 
 
 def _parse_seeds(text: str) -> list[int]:
@@ -163,8 +183,16 @@ def _run(
 ) -> None:
     with errors_to_exit(as_json):
         loaded = _load(recipe, overrides, seeds, allow_code)
-        if fail_under is not None and loaded.final is None:
+        from secateur.lab.explore.recipe import ExploreRecipe
+
+        if fail_under is not None and (isinstance(loaded, ExploreRecipe) or loaded.final is None):
             raise UsageError("--fail-under: the recipe delivers no network; give it a final section")
+        if isinstance(loaded, ExploreRecipe):
+            from secateur.lab.context import Options
+
+            options = Options(out, data_dir, download, device, resume, tuple(allow_code))
+            explore.run_exploration(loaded, options, threads, quiet, as_json)
+            return
         with listening(quiet or as_json) as listener:
             listener.message(f"{loaded.name} ({loaded.hash})")
             from secateur.lab.context import Options
@@ -210,16 +238,21 @@ def _dry_run(
     with errors_to_exit(as_json):
         loaded = _load(recipe, overrides, seeds, allow_code)
         from secateur.lab.context import Options
+        from secateur.lab.explore.recipe import ExploreRecipe
+        from secateur.lab.explore.run import exploration_folder, plan_exploration
         from secateur.lab.run import plan_run, run_folder
 
         options = Options(out, data_dir, device=device, allow_code=tuple(allow_code))
-        planned = plan_run(loaded, options)
+        if isinstance(loaded, ExploreRecipe):
+            planned, folder = plan_exploration(loaded, options), exploration_folder(loaded, options)
+        else:
+            planned, folder = plan_run(loaded, options), run_folder(loaded, options)
         if as_json:
             stages = [{"title": p.title, "key": p.key, "done": p.done} for p in planned]
-            out_json({"recipe": loaded.resolved(), "folder": str(run_folder(loaded, options)), "stages": stages})
+            out_json({"recipe": loaded.resolved(), "folder": str(folder), "stages": stages})
             return
         table(
-            f"{loaded.name} -> {run_folder(loaded, options)}",
+            f"{loaded.name} -> {folder}",
             ("stage", "key", "state"),
             [(p.title, p.key, "done" if p.done else "to do") for p in planned],
         )

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from secateur.surgery.file import load_pruned, save_pruned
 from secateur.surgery.plan import Plan, align, make_plan
 from secateur.surgery.verify import cut_verified_, max_difference
 
-__all__ = ["choose_method", "final_stage", "run_final"]
+__all__ = ["choose_method", "final_stage", "run_final", "save_and_reload"]
 
 _PROOF_INPUTS = 64
 
@@ -95,7 +96,8 @@ def _deliver(context: Context, method: MethodSpec, seed: int, spec: FinalSpec, f
             listener=context.listener,
         )
         accuracy["fine_tuned"] = context.test(model).top1
-    file, reloaded = _save_and_reload(context, model, plan, folder)
+    extra = {"data": context.data.name, "recipe": context.recipe.name, "recipe_hash": context.recipe.hash}
+    file, reloaded = save_and_reload(context, model, plan, folder, extra=extra)
     accuracy["reloaded"] = context.test(reloaded).top1
     return {
         "seed": seed,
@@ -135,11 +137,25 @@ def _achieved(context: Context, dense: nn.Module, model: nn.Module, spec: FinalS
     return {"sparsity_asked": spec.sparsity, "sparsity_got": got, **pairs}
 
 
-def _save_and_reload(context: Context, model: nn.Module, plan: Plan, folder: Path) -> tuple[dict[str, Any], nn.Module]:
+def save_and_reload(
+    context: Context,
+    model: nn.Module,
+    plan: Plan | Sequence[Plan],
+    folder: Path,
+    *,
+    extra: Mapping[str, Any],
+    sparse: bool = False,
+) -> tuple[dict[str, Any], nn.Module]:
+    """Save the network in `folder` and rebuild it in a fresh process and in this one.
+
+    Returns: where it is, its bytes and the largest differences; and the network that was rebuilt here.
+
+    Raises: `CheckpointError` if it does not reload.
+    """
     builder, kwargs = context.builder
     path = folder / "pruned.safetensors"
-    extra = {"data": context.data.name, "recipe": context.recipe.name, "recipe_hash": context.recipe.hash}
-    save_pruned(path, model, builder=builder, kwargs=kwargs, plan=plan, inputs=context.example(1), extra=extra)
+    example = context.example(1)
+    save_pruned(path, model, builder=builder, kwargs=kwargs, plan=plan, inputs=example, extra=extra, sparse=sparse)
     # A fresh process knows nothing of this one: it must rebuild the network from the file alone.
     command = [sys.executable, "-m", "secateur", "verify", str(path), "--json"]
     command += [f"--allow-code={module}" for module in context.options.allow_code]

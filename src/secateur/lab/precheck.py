@@ -6,13 +6,14 @@ from collections.abc import Collection
 
 from secateur.errors import UsageError
 from secateur.lab.data import DATASETS
+from secateur.lab.explore.recipe import ExploreRecipe
 from secateur.lab.models import MODELS
 from secateur.lab.recipe import Recipe
 
 __all__ = ["check_held_out", "precheck"]
 
 
-def precheck(recipe: Recipe, allow_code: Collection[str] = ()) -> None:
+def precheck(recipe: Recipe | ExploreRecipe, allow_code: Collection[str] = ()) -> None:
     """Raise what a run would raise about held-out images, the network's arguments and its layers.
 
     For data that are a folder nothing is checked, because the shape of their images is not known. The network is built
@@ -21,13 +22,17 @@ def precheck(recipe: Recipe, allow_code: Collection[str] = ()) -> None:
     known = DATASETS.get(recipe.data.name)
     if known is None:
         return
-    if not recipe.data.validation:
-        check_held_out(recipe)
-    if _says_something(recipe):
+    base = recipe.base() if isinstance(recipe, ExploreRecipe) else recipe
+    if not base.data.validation:
+        check_held_out(base)
+    layers = (recipe.include, recipe.excluded) if isinstance(recipe, ExploreRecipe) else (("*",), ())
+    if _says_something(base) or layers != (("*",), ()):
+        from secateur.core.targets import find_targets
         from secateur.lab.context import check_targets, make_model
 
-        model = make_model(recipe, known.num_classes, known.in_shape, recipe.seeds[0], allow_code)
-        check_targets(recipe, model, allow_code)
+        model = make_model(base, known.num_classes, known.in_shape, base.seeds[0], allow_code)
+        check_targets(base, model, allow_code)
+        find_targets(model, *layers)
 
 
 def check_held_out(recipe: Recipe) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from secateur.errors import RecipeError, UnknownNameError, UsageError, nearest
+from secateur.errors import RecipeError, UnknownNameError, UsageError
+from secateur.lab.explore.recipe import ExploreRecipe
 from secateur.lab.plugins import make_criterion, make_regularizer
 from secateur.lab.recipe import PruneSpec, Recipe
+from secateur.lab.recipe_errors import explain, key_path, line_of, shown
 
-__all__ = ["load_recipe", "shipped_recipes", "write_recipe"]
+__all__ = ["check_plugins", "load_any", "load_recipe", "shipped_recipes", "write_recipe"]
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -28,7 +29,20 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, allow_code: Collection[str] = ()) -> Recipe:
-    """Read, override and validate a recipe.
+    """Read, override and validate a recipe that trains and prunes; see `load_any`.
+
+    Raises: `RecipeError`, also for a recipe that explores.
+    """
+    recipe = load_any(source, overrides, allow_code=allow_code)
+    if isinstance(recipe, ExploreRecipe):
+        raise RecipeError(f"{source}: it explores variants of one network; expected a recipe that trains and prunes")
+    return recipe
+
+
+def load_any(
+    source: str | Path, overrides: Sequence[str] = (), *, allow_code: Collection[str] = ()
+) -> Recipe | ExploreRecipe:
+    """Read, override and validate a recipe: one with the key `explore` explores, any other trains and prunes.
 
     Args:
         source: path of a YAML file, or the name of a shipped recipe.
@@ -41,21 +55,22 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, allow_code
     path = _find(source)
     data = _parse(path)
     if not isinstance(data, dict):
-        got = "an empty file" if data is None else _shown(data)
+        got = "an empty file" if data is None else shown(data)
         raise RecipeError(f"{path}: a recipe is a mapping of keys, got {got}")
     for text in overrides:
         _override(data, text)
+    kind: type[Recipe] | type[ExploreRecipe] = ExploreRecipe if "explore" in data else Recipe
     try:
-        recipe = Recipe.model_validate(_plain(data, data, path, []))
+        recipe = kind.model_validate(_plain(data, data, path, []))
     except RecursionError as error:
         raise RecipeError(f"{path}: contains itself, or is nested too deep") from error
     except ValidationError as error:
-        raise RecipeError(_explain(error, data, path)) from error
-    _check_plugins(recipe, data, path, allow_code)
+        raise RecipeError(explain(error, data, path, kind)) from error
+    check_plugins(recipe, allow_code, lambda location: f"{path}:{line_of(data, location)}: ")
     return recipe
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
+def write_recipe(recipe: Recipe | ExploreRecipe, path: Path) -> None:
     """Write the resolved recipe as YAML."""
     yaml = YAML()
     yaml.default_flow_style = False
@@ -147,105 +162,45 @@ def _plain(value: Any, data: Any, path: Path, location: list[Any]) -> Any:
         return float(value)
     shown = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
     raise RecipeError(
-        f"{path}:{_line(data, location)}: {_key_path(location)}: got {shown}, expected text, a finite number, "
+        f"{path}:{line_of(data, location)}: {key_path(location)}: got {shown}, expected text, a finite number, "
         "true, false, a list or a mapping"
     )
 
 
-def _explain(error: ValidationError, data: Any, path: Path) -> str:
-    first, more = _foremost(error)
-    location = _location(first)
-    where = f"{path}:{_line(data, location)}: {_key_path(location) or 'recipe'}"
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        close = nearest(str(location[-1]), known)
-        hint = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
-        return f"{where}: unknown key; {hint}{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if (expected := _EXPECTED.get(first["type"])) is not None:
-        return f"{where}: expected {expected}, got {_shown(first['input'])}{more}"
-    got = first.get("input")
-    shown = f", got {got!r}" if isinstance(got, str | int | float | bool | None) and first["type"] != "missing" else ""
-    if first["type"] == "value_error":
-        shown = ""
-    return f"{where}: {message[0].lower() + message[1:]}{shown}{more}"
+_Checks = list[tuple[list[Any], Callable[[], object]]]
 
 
-# Where pydantic speaks of Python's types, in the words of a recipe.
-_EXPECTED = {
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": "a mapping of keys",
-    "model_type": "a mapping of keys",
-    "string_type": "text",
-}
+def check_plugins(
+    recipe: Recipe | ExploreRecipe, allow_code: Collection[str], where: Callable[[list[Any]], str] = lambda location: ""
+) -> None:
+    """Raise `RecipeError` for a criterion, regularizer or network that does not exist or does not take its parameters.
 
-
-def _shown(value: Any) -> str:
-    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list | tuple) else repr(value)
-
-
-def _location(error: ErrorDetails) -> list[Any]:
-    return [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-
-
-def _foremost(error: ValidationError) -> tuple[ErrorDetails, str]:
-    """The mistake to tell, and words that say whether there are others in other mappings or lists.
-
-    One mistake has several errors: a misspelled key that is required is also missing, and a list whose entries are
-    wrong is also too short.
+    Args:
+        where: what the error begins with, for a place in the recipe.
     """
-    found = error.errors()
-    places = [tuple(_location(e)) for e in found]
-    own = [e for e, at in zip(found, places, strict=True) if not any(at == p[: len(at)] and at != p for p in places)]
-    parents = [tuple(_location(e)[:-1]) for e in own]
-    beside = [e for e, parent in zip(own, parents, strict=True) if parent == parents[0]]
-    first = next((e for e in beside if e["type"] == "extra_forbidden"), own[0])
-    return first, " (and more elsewhere)" if len(beside) < len(own) else ""
-
-
-def _line(data: Any, location: Sequence[Any]) -> int:
-    """Line of the deepest part of `location` that the file itself holds."""
-    line = 1
-    for part in location:
+    if isinstance(recipe, ExploreRecipe):
+        checks = _explored(recipe, allow_code)
+    else:
+        checks = _compared(recipe, allow_code)
+    checks.append((["model", "name"], lambda: _check_model(recipe.model.name, allow_code)))
+    for location, check in checks:
         try:
-            marks = data.lc
-            line = (marks.item(part) if isinstance(data, list) else marks.key(part))[0] + 1
-            data = data[part]
-        except (AttributeError, KeyError, IndexError, TypeError):
-            break
-    return line
+            check()
+        except UsageError as error:
+            raise RecipeError(f"{where(location)}{key_path(location)}: {error}") from error
 
 
-def _key_path(location: Sequence[Any]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
-    return text
+def _explored(recipe: ExploreRecipe, allow_code: Collection[str]) -> _Checks:
+    checks: _Checks = [(["regularizer"], lambda: make_regularizer(recipe.regularizer, allow_code))]
+    for number, section in enumerate(recipe.explore):
+        plugin = getattr(section, "criterion", None)
+        if plugin is not None:
+            checks.append((["explore", number, "criterion"], lambda p=plugin: make_criterion(p, allow_code)))  # type: ignore[misc]
+    return checks
 
 
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    model: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        model = _inner_model(model.model_fields[part].annotation)
-        if model is None:
-            return []
-    return list(model.model_fields)
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := _inner_model(argument)) is not None:
-            return found
-    return None
-
-
-def _check_plugins(recipe: Recipe, data: Any, path: Path, allow_code: Collection[str]) -> None:
-    checks: list[tuple[list[Any], Any]] = [
+def _compared(recipe: Recipe, allow_code: Collection[str]) -> _Checks:
+    return [
         *(
             (["methods", i, "regularizer"], lambda m=m: make_regularizer(m.regularizer, allow_code))
             for i, m in enumerate(recipe.methods)
@@ -260,13 +215,7 @@ def _check_plugins(recipe: Recipe, data: Any, path: Path, allow_code: Collection
             for _, p in recipe.ways(m)
             if m.criterion is not None
         ),
-        (["model", "name"], lambda: _check_model(recipe.model.name, allow_code)),
     ]
-    for location, check in checks:
-        try:
-            check()
-        except UsageError as error:
-            raise RecipeError(f"{path}:{_line(data, location)}: {_key_path(location)}: {error}") from error
 
 
 def _check_criterion(plugin: dict[str, Any], spec: PruneSpec, allow_code: Collection[str]) -> None:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from secateur.lab.store import Stage
 from secateur.surgery.cut import cut_
 from secateur.surgery.plan import make_plan
 from secateur.surgery.verify import cut_verified_
+from secateur.variants.renew import renew_statistics_
 
 __all__ = ["checked_row", "cut_copy", "recalibrate_", "small_row", "stored_rows", "unit_row", "weight_row"]
 
@@ -130,19 +130,6 @@ def _row(context: Context, model: nn.Module, spec: PruneSpec, sparsity: float) -
     }
 
 
-@torch.no_grad()
 def recalibrate_(model: nn.Module, context: Context) -> None:
     """Re-estimate every BatchNorm's running statistics as plain averages over the training set."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [m.momentum for m in norms]
-    training = model.training
-    model.eval()  # dropout would be noise in the statistics, and draw from the global generator
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    for inputs, _ in context.training_batches():
-        model(inputs)
-    model.train(training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    renew_statistics_(model, context.training_batches())

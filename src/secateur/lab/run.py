@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from secateur.analysis.latency import device_name
 from secateur.core.duration import Duration
 from secateur.errors import CheckpointError, MissingExtraError, SecateurError, StorageError, UsageError
 from secateur.lab.context import Context, Options
+from secateur.lab.explore.run import check_exploration
 from secateur.lab.final import choose_method, final_stage, run_final
 from secateur.lab.listener import Interrupted, Listener
 from secateur.lab.loop import loop_stage, run_loop
@@ -25,18 +25,9 @@ from secateur.lab.report import write_report
 from secateur.lab.report.schema import read_result
 from secateur.lab.rows import stored_rows
 from secateur.lab.stages import latency_stage, prune_stage, run_latency, run_prune, run_train, train_stage
-from secateur.lab.store import Stage, locked, read_json, write_json
+from secateur.lab.store import Planned, Stage, locked, read_json, write_json
 
 __all__ = ["Planned", "list_runs", "plan_run", "read_run", "run_folder", "run_recipe"]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One stage of a run and whether it is done already."""
-
-    title: str
-    key: str
-    done: bool
 
 
 def run_folder(recipe: Recipe, options: Options) -> Path:
@@ -134,7 +125,7 @@ def list_runs(out: Path) -> list[dict[str, Any]]:
                 "complete": bool(result),
                 "created": result.get("created"),
                 "wall_seconds": result.get("wall_seconds"),
-                "rows": len(result.get("rows", [])),
+                "rows": len(result.get("rows", result.get("sections", []))),
                 "reason": reason,
             }
         )
@@ -153,7 +144,10 @@ def read_run(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: has no result.json; expected the folder of a run (secateur runs lists them)")
     result = read_json(file, "run the recipe again")
     try:
-        read_result(result)
+        if isinstance(result, dict) and result.get("kind") == "exploration":
+            check_exploration(result)
+        else:
+            read_result(result)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
     return dict(result)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from secateur.errors import BusyError, CheckpointError, StorageError
 from secateur.lab.checkpoint import write_atomically
 from secateur.lab.recipe import canonical_hash
 
-__all__ = ["Stage", "Store", "locked", "read_json", "write_json"]
+__all__ = ["Planned", "Stage", "Store", "locked", "read_json", "write_json"]
 
 
 @contextmanager
@@ -48,6 +49,15 @@ def read_json(path: Path, remedy: str = "delete it to redo that stage") -> Any:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: truncated or not JSON ({error}); {remedy}") from error
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage of a run and whether it is done already."""
+
+    title: str
+    key: str
+    done: bool
 
 
 class Store:

@@ -31,7 +31,7 @@ def read_container(file: Path) -> dict[str, str]:
         header = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         metadata = {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise CheckpointError(f"{file}: its safetensors header is malformed; copy it again") from None
     expected = 8 + length + max(ends, default=0)
     if size != expected:

@@ -13,7 +13,6 @@ import platform
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +25,14 @@ from secateur.errors import CheckpointError, SecateurError, StorageError, UsageE
 from secateur.surgery.builders import build, check_arguments
 from secateur.surgery.container import read_container
 from secateur.surgery.cut import apply_plan
+from secateur.surgery.header import FORMAT, PACKED_SCHEMA, SCHEMA, PrunedHeader, parse_header
+from secateur.surgery.packed import pack_parameters, unpack_parameters
 from secateur.surgery.plan import Plan, fingerprint
 from secateur.surgery.stored import answers, check_answers, describe_inputs
 
 __all__ = ["PrunedHeader", "load_pruned", "read_pruned_header", "save_pruned"]
 
-_FORMAT = "secateur-pruned"
-_SCHEMA = 1
 _CHECK = "secateur.check."
-
-
-@dataclass(frozen=True)
-class PrunedHeader:
-    """What a pruned-model file says about itself, read without its tensors.
-
-    Args:
-        builder: `"module:function"` that builds the dense network.
-        kwargs: its arguments.
-        plans: the cuts, in order.
-        fingerprint: of the pruned network.
-        digest: SHA-256 of all tensors in the file.
-        tied: alias -> name under which the tensor is stored.
-        check: shapes, types and ranges of the inputs whose answer is stored; empty if none is.
-        extra: what the caller added.
-        versions: of secateur, torch and Python that wrote it.
-    """
-
-    builder: str
-    kwargs: dict[str, Any]
-    plans: tuple[Plan, ...]
-    fingerprint: str
-    digest: str
-    tied: dict[str, str]
-    check: tuple[dict[str, Any], ...]
-    extra: dict[str, Any]
-    versions: dict[str, str]
 
 
 def save_pruned(
@@ -72,6 +44,7 @@ def save_pruned(
     plan: Plan | Sequence[Plan],
     inputs: Tensor | tuple[Any, ...] | None = None,
     extra: Mapping[str, Any] | None = None,
+    sparse: bool = False,
 ) -> Path:
     """Write the cut `model` so that `load_pruned` rebuilds it anywhere; returns the file's path.
 
@@ -85,6 +58,8 @@ def save_pruned(
         plan: the plan it was cut by, or all plans in order; an empty sequence for a network not cut.
         inputs: example inputs; the answer to fixed made-up inputs of these shapes is stored as a check.
         extra: anything JSON to keep along (sparsity, accuracy, recipe).
+        sparse: store floating-point parameters that get smaller by it as one bit a weight and the weights that are
+            not zero. Only the file is smaller: what is loaded from it is dense, bit by bit the same.
 
     Raises:
         UsageError: builder and plan do not lead to this network, or arguments are not JSON.
@@ -94,13 +69,14 @@ def save_pruned(
     plans = [plan] if isinstance(plan, Plan) else list(plan)
     _check_rebuild(model, builder, kwargs, plans)
     tensors, tied = _tensors(model)
+    tensors, packed = pack_parameters(tensors, dict(model.named_parameters()) if sparse else ())
     check = [] if inputs is None else describe_inputs(inputs)
     if check:
         for number, answer in enumerate(answers(model, check)):
             tensors[f"{_CHECK}{number}"] = answer
     header = {
-        "format": _FORMAT,
-        "schema": _SCHEMA,
+        "format": FORMAT,
+        "schema": PACKED_SCHEMA if packed else SCHEMA,
         "builder": builder,
         "kwargs": dict(kwargs),
         "plans": [p.to_dict() for p in plans],
@@ -110,6 +86,7 @@ def save_pruned(
         "check": check,
         "extra": dict(extra or {}),
         "versions": {"secateur": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **({"packed": packed} if packed else {}),
     }
     try:
         text = json.dumps(header, allow_nan=False, separators=(",", ":"))
@@ -126,7 +103,7 @@ def save_pruned(
 
 def read_pruned_header(path: str | os.PathLike[str]) -> PrunedHeader:
     """What the file says about itself. Raises `CheckpointError` where it is not a pruned-model file."""
-    return _parse_header(_file(path), read_container(_file(path)))
+    return parse_header(_file(path), read_container(_file(path)))
 
 
 def load_pruned(
@@ -144,7 +121,7 @@ def load_pruned(
     Cost: no memory for the dense network where its builder works on the `meta` device.
     """
     file = _file(path)
-    header = _parse_header(file, read_container(file))
+    header = parse_header(file, read_container(file))
     model = build(header.builder, header.kwargs, allow_code)
     try:
         for plan in header.plans:
@@ -156,6 +133,10 @@ def load_pruned(
         ) from error
     tensors = _read_tensors(file)
     digest = _digest(tensors)
+    try:
+        tensors = unpack_parameters(tensors, header.packed, {n: p.shape for n, p in model.named_parameters()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}; the file was altered or damaged, copy it again") from None
     stored = [tensors.pop(f"{_CHECK}{i}") for i in range(len(tensors)) if f"{_CHECK}{i}" in tensors]
     _fill(file, model, tensors, header)
     model.to(device).eval()
@@ -254,35 +235,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _parse_header(file: Path, metadata: Mapping[str, str]) -> PrunedHeader:
-    if "secateur" not in metadata:
-        raise CheckpointError(
-            f"{file}: a safetensors file, but not a pruned network of secateur; expected one written by save_pruned"
-        )
-    try:
-        header = json.loads(metadata["secateur"])
-        if header["format"] != _FORMAT or header["schema"] != _SCHEMA:
-            raise CheckpointError(
-                f"{file}: format {header['format']!r} schema {header['schema']!r}, expected {_FORMAT!r} {_SCHEMA}; "
-                "it was written by another version of secateur"
-            )
-        return PrunedHeader(
-            builder=str(header["builder"]),
-            kwargs=dict(header["kwargs"]),
-            plans=tuple(Plan.from_dict(plan) for plan in header["plans"]),
-            fingerprint=str(header["fingerprint"]),
-            digest=str(header["digest"]),
-            tied={str(k): str(v) for k, v in header["tied"].items()},
-            check=tuple(dict(c) for c in header["check"]),
-            extra=dict(header["extra"]),
-            versions=dict(header["versions"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, SecateurError):
-            raise
-        raise CheckpointError(f"{file}: its header is malformed ({type(error).__name__}: {error})") from None
 
 
 def _write(target: Path, content: bytes) -> None:

@@ -21,22 +21,28 @@ if TYPE_CHECKING:
         variant_from,
     )
     from secateur.variants.outcome import Outcome
+    from secateur.variants.pareto_race import FrontArm, FrontResult
     from secateur.variants.race import Arm, RaceResult
-    from secateur.variants.racing import race_variants
+    from secateur.variants.racing import race_front, race_variants
+    from secateur.variants.unit_choice import UnitsByCriterion
     from secateur.variants.workbench import Workbench
 
 __all__ = [
     "Arm",
     "DropLayer",
     "DropUnit",
+    "FrontArm",
+    "FrontResult",
     "LayerSparsity",
     "NoisyPrune",
     "Outcome",
     "RaceResult",
     "UnitMasks",
+    "UnitsByCriterion",
     "Variant",
     "Workbench",
     "evaluate_variants",
+    "race_front",
     "race_variants",
     "variant_from",
 ]
@@ -45,14 +51,18 @@ _HOMES = {
     "Arm": "race",
     "DropLayer": "kinds",
     "DropUnit": "kinds",
+    "FrontArm": "pareto_race",
+    "FrontResult": "pareto_race",
     "LayerSparsity": "kinds",
     "NoisyPrune": "kinds",
     "Outcome": "outcome",
     "RaceResult": "race",
     "UnitMasks": "kinds",
+    "UnitsByCriterion": "unit_choice",
     "Variant": "kinds",
     "Workbench": "workbench",
     "evaluate_variants": "evaluate",
+    "race_front": "racing",
     "race_variants": "racing",
     "variant_from": "kinds",
 }

@@ -5,26 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.criteria.gathering.batches import labelled, read, undisturbed
 from secateur.errors import DataError, UsageError
+from secateur.variants.inputs import call, moved, tensors
 from secateur.variants.journal import Journal
 from secateur.variants.kinds import Variant
 from secateur.variants.outcome import Cost, Outcome
+from secateur.variants.renew import renewed_statistics
 from secateur.variants.workbench import Workbench
 
 __all__ = ["Score", "evaluate_variants", "right_or_wrong"]
 
 Score = Callable[[Any, Any], Tensor]
 Progress = Callable[[int, int], None]
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def right_or_wrong(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -98,8 +97,8 @@ def _parts(batches: Iterable[Any], hold: int, device: torch.device) -> Iterator[
     part: list[tuple[Any, Any, int]] = []
     held = 0
     for inputs, labels, count in labelled(batches, "an evaluation of variants"):
-        part.append((_to(inputs, device), _to(labels, device), count))
-        held += sum(t.numel() * t.element_size() for t in _tensors(inputs))
+        part.append((moved(inputs, device), moved(labels, device), count))
+        held += sum(t.numel() * t.element_size() for t in tensors(inputs))
         if held >= hold:
             yield part
             part, held = [], 0
@@ -110,13 +109,10 @@ def _parts(batches: Iterable[Any], hold: int, device: torch.device) -> Iterator[
 def _evaluate(
     bench: Workbench, variant: Variant, part: list[tuple[Any, Any, int]], score: Score, recalibrate: Any, cost: Cost
 ) -> tuple[np.ndarray, Cost]:
-    values, renewed = [], 0
-    with ExitStack() as stack:
-        model = stack.enter_context(bench.variant(variant))
-        if recalibrate is not None:
-            renewed = stack.enter_context(_recalibrated(model, recalibrate))
+    values = []
+    with bench.variant(variant) as model, renewed_statistics(model, recalibrate) as renewed:
         for inputs, labels, count in part:
-            value = score(_call(model, inputs), labels)
+            value = score(call(model, inputs), labels)
             if value.shape != (count,):
                 raise UsageError(
                     f"variants: score gave shape {list(value.shape)}, expected one value an example [{count}]"
@@ -131,49 +127,6 @@ def _evaluate(
         )
     row = found.numpy() if found.dtype == torch.bool else found.float().numpy()
     return row, Cost(cost.examples + len(row), cost.recalibration + renewed, cost.made + 1)
-
-
-@contextmanager
-def _recalibrated(model: nn.Module, batches: Sequence[Any]) -> Iterator[int]:
-    """BatchNorm statistics of these batches within the block; how many examples that took."""
-    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORM) and m.track_running_stats]
-    before = [(m, m.momentum, {n: b.clone() for n, b in m.named_buffers()}) for m in norms]
-    device, examples = next(model.parameters()).device, 0
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True
-        for inputs, _, count in labelled(batches, "recalibration"):
-            _call(model, _to(inputs, device))
-            examples += count
-        for norm in norms:
-            norm.training = False
-        yield examples
-    finally:
-        for norm, momentum, buffers in before:
-            norm.momentum, norm.training = momentum, False
-            for name, value in buffers.items():
-                getattr(norm, name).copy_(value)
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return type(value)(_to(item, device) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _basis(bench: Workbench, score: Score, recalibrate: Sequence[Any] | None) -> dict[str, Any]:
@@ -194,7 +147,7 @@ def _mark(part: list[tuple[Any, Any, int]]) -> int:
     """A number for what is in a part of the data."""
     digest = hashlib.sha256()
     for inputs, labels, _ in part:
-        for tensor in _tensors([inputs, labels]):
+        for tensor in tensors([inputs, labels]):
             digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return int.from_bytes(digest.digest()[:7], "big")

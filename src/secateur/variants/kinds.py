@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from secateur.core.select import Scope
     from secateur.variants.workbench import Workbench
 
-__all__ = ["DropLayer", "DropUnit", "LayerSparsity", "NoisyPrune", "UnitMasks", "Variant", "variant_from"]
+__all__ = ["DropLayer", "DropUnit", "DropUnits", "LayerSparsity", "NoisyPrune", "UnitMasks", "Variant", "variant_from"]
 
 Source = Literal["noisy", "dense"]
 
@@ -155,6 +155,42 @@ class DropUnit(Variant):
 
 
 @dataclass(frozen=True, repr=False)
+class DropUnits(Variant):
+    """Several units put out as zero, nothing else changed.
+
+    Args:
+        units: (name of the layer, index from 0) of each, all different; equal whatever their order. None at all is the
+            network itself.
+    """
+
+    units: tuple[tuple[str, int], ...]
+    kind: ClassVar[str] = "drop_units"
+
+    def __post_init__(self) -> None:
+        if not all(len(unit) == 2 and isinstance(unit[0], str) for unit in self.units):
+            raise UsageError(f"variant: units are pairs of a layer's name and an index, got {self.units!r}")
+        for _, index in self.units:
+            _integer("unit", index)
+        # From JSON they come as lists.
+        units = tuple(sorted((layer, index) for layer, index in self.units))
+        if len(set(units)) < len(units):
+            raise UsageError(f"variant: units repeat {next(u for u in units if units.count(u) > 1)}; give each once")
+        object.__setattr__(self, "units", units)
+
+    def apply(self, bench: Workbench) -> None:
+        import torch
+
+        factors: dict[str, tuple[Any, Any]] = {}
+        for layer, index in self.units:
+            target = bench.target(layer)
+            if index >= target.units:
+                raise UsageError(f'drop_units: layer "{layer}" has units 0 to {target.units - 1}, got {index}')
+            factors.setdefault(target.name, (target, torch.ones(target.units)))[1][index] = 0.0
+        for target, factor in factors.values():
+            bench.multiply_units(target, factor)
+
+
+@dataclass(frozen=True, repr=False)
 class DropLayer(Variant):
     """A layer that puts out zero: what is left of a network with a way around it.
 
@@ -201,7 +237,7 @@ class LayerSparsity(Variant):
 
 
 _KINDS: dict[str, type[Variant]] = {
-    kind.kind: kind for kind in (NoisyPrune, UnitMasks, DropUnit, DropLayer, LayerSparsity)
+    kind.kind: kind for kind in (NoisyPrune, UnitMasks, DropUnit, DropUnits, DropLayer, LayerSparsity)
 }
 
 
@@ -215,10 +251,13 @@ def variant_from(record: Mapping[str, Any]) -> Variant:
         >>> variant_from(variant.record()) == variant
         True
     """
+    from secateur.variants.unit_choice import UnitsByCriterion
+
     kind = record.get("kind")
-    if kind not in _KINDS:
-        raise UnknownNameError("variant", str(kind), list(_KINDS))
-    cls = _KINDS[str(kind)]
+    kinds: dict[str, type[Variant]] = {**_KINDS, UnitsByCriterion.kind: UnitsByCriterion}
+    if kind not in kinds:
+        raise UnknownNameError("variant", str(kind), list(kinds))
+    cls = kinds[str(kind)]
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(record.keys() - known - {"kind"})
     if unknown:

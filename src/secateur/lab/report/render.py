@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shlex
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import StorageError, UsageError
+from secateur.errors import UsageError
 from secateur.lab.report import plots, tables
 from secateur.lab.report.final import asked_and_got, asked_lines, cost_rows, facts, latency_ratio, proof
-from secateur.lab.report.picture import COLORS, Picture
+from secateur.lab.report.page import origin, page, replace_file, slug, writable
+from secateur.lab.report.picture import Picture
 from secateur.lab.report.runs import between, overview, run_names
 from secateur.lab.report.schema import Result, read_result
 from secateur.lab.report.verdict import judge
-from secateur.lab.report.words import NOT_MEASURED
 
 __all__ = ["summary_lines", "write_report"]
+
+_NUMBERS = 'All numbers are in <a href="table.csv">table.csv</a> and <a href="layers.csv">layers.csv</a>.'
 
 
 def write_report(results: Sequence[Mapping[str, Any]], out_dir: Path | str) -> Path:
@@ -42,35 +39,27 @@ def write_report(results: Sequence[Mapping[str, Any]], out_dir: Path | str) -> P
         raise UsageError("report: got no results, expected at least one; name the runs to report on")
     checked = [read_result(raw) for raw in results]
     names = run_names(checked)
-    folder = Path(out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _storage(folder, error) from error
+    folder = writable(Path(out_dir))
     pictures: list[Picture] = []
     runs = []
     for name, result in zip(names, checked, strict=True):
-        prefix = "" if len(checked) == 1 else f"{_slug(name)}-"
+        prefix = "" if len(checked) == 1 else f"{slug(name)}-"
         runs.append(_run(name, result, prefix, pictures))
     named = list(zip(names, checked, strict=True))
     comparison = None
     if len(checked) > 1:
         table, note = between(named)
         comparison = {"overview": overview(named), "table": table, "note": note}
-    page = _template().render(
-        title=" vs ".join(names) if len(names) < 4 else f"{len(names)} runs",
-        runs=runs,
-        comparison=comparison,
-        colors=COLORS,
-    )
+    title = " vs ".join(names) if len(names) < 4 else f"{len(names)} runs"
+    text = page("runs.html", title, runs=runs, comparison=comparison)
     judged = [(name, result, run["verdict"].comparisons) for (name, result), run in zip(named, runs, strict=True)]
     for picture in pictures:
-        _replace(folder / f"{picture.name}.svg", picture.svg.encode())
-        _replace(folder / f"{picture.name}.png", picture.png)
-    _replace(folder / "table.csv", tables.csv_text(judged).encode())
-    _replace(folder / "layers.csv", tables.layers_csv(named).encode())
+        replace_file(folder / f"{picture.name}.svg", picture.svg.encode())
+        replace_file(folder / f"{picture.name}.png", picture.png)
+    replace_file(folder / "table.csv", tables.csv_text(judged).encode())
+    replace_file(folder / "layers.csv", tables.layers_csv(named).encode())
     # Last, so that a page never names a file that is not there yet.
-    _replace(folder / "report.html", page.encode("utf-8", "replace"))
+    replace_file(folder / "report.html", text.encode("utf-8", "replace"))
     return folder / "report.html"
 
 
@@ -108,18 +97,17 @@ def _run(name: str, result: Result, prefix: str, pictures: list[Picture]) -> dic
     drawn: list[Picture] = []
     timed: list[Picture] = []
     for panel in result.panels:
-        slug = _slug(panel.granularity) + ("-trained-again" if panel.retrained else "")
+        panel_slug = slug(panel.granularity) + ("-trained-again" if panel.retrained else "")
         title = panel.title[:1].upper() + panel.title[1:]
         for number, (part, lines) in enumerate(plots.pages(result, panel), start=1):
-            name = f"{prefix}accuracy-{slug}" + (f"-{number}" if part else "")
+            name = f"{prefix}accuracy-{panel_slug}" + (f"-{number}" if part else "")
             drawn.append(plots.accuracy(name, title + part, lines, chance, shared))
-        timed += plots.latency(f"{prefix}latency-{slug}", title, plots.lines(result, panel), chance)
+        timed += plots.latency(f"{prefix}latency-{panel_slug}", title, plots.lines(result, panel), chance)
     curves = plots.curves(f"{prefix}training", result)
     pictures += [*drawn, *timed, *curves]
-    provenance = result.provenance or {}
     return {
         "name": name,
-        "anchor": _slug(name),
+        "anchor": slug(name),
         "result": result,
         "verdict": verdict,
         "accuracy": drawn,
@@ -131,11 +119,14 @@ def _run(name: str, result: Result, prefix: str, pictures: list[Picture]) -> dic
         "differences": tables.differences(verdict.comparisons),
         "densities": [(panel.title, heats) for panel in result.panels if (heats := tables.densities(panel))],
         "trainings": tables.trainings(result),
-        "provenance": _provenance(result),
-        "recipe": None if result.recipe is None else json.dumps(result.recipe, indent=2, default=str),
-        "command": _command(provenance.get("command")),
-        "commit": _commit(provenance.get("git")),
-        "secateur": (provenance.get("versions") or {}).get("secateur"),
+        **origin(
+            result.provenance,
+            result.recipe,
+            created=result.created,
+            wall_seconds=result.wall_seconds,
+            recipe_hash=result.recipe_hash,
+            numbers=_NUMBERS,
+        ),
     }
 
 
@@ -153,67 +144,3 @@ def _final(result: Result) -> dict[str, Any]:
         "costs": tables.Table("Asked against achieved", head, tuple(cost_rows(final))),
         "facts": facts(final),
     }
-
-
-def _provenance(result: Result) -> list[tuple[str, str]]:
-    """Pairs to print; a nested mapping becomes one line of `key value` pairs."""
-    provenance = dict(result.provenance or {})
-    for known in ("command", "git"):
-        provenance.pop(known, None)
-    pairs = [
-        ("created", result.created),
-        ("wall time", _seconds(result.wall_seconds)),
-        ("recipe", result.recipe_hash),
-    ]
-    shown = [(key, NOT_MEASURED if value is None else str(value)) for key, value in pairs]
-    for key in dict.fromkeys(["versions", "device", "threads", "platform", *provenance]):
-        value = provenance.get(key)
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {version}" for name, version in value.items())
-        shown.append((str(key), "not recorded" if value is None else str(value)))
-    return shown
-
-
-def _seconds(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1f} s"
-
-
-def _command(command: object) -> str | None:
-    if isinstance(command, (list, tuple)):
-        return shlex.join(str(part) for part in command)
-    return None if command is None else str(command)
-
-
-def _commit(git: object) -> str:
-    if not isinstance(git, Mapping):
-        return "not in a git repository, or not recorded"
-    dirty = git.get("dirty")
-    state = "" if dirty is None else " with uncommitted changes" if dirty else ", clean"
-    return f"{git.get('commit')}{state}"
-
-
-def _slug(text: str) -> str:
-    """Safe as a file name and as an id; never empty."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "run"
-
-
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    source = resources.files("secateur.lab.report").joinpath("template.html").read_text("utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise _storage(path, error) from error
-
-
-def _storage(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"report: cannot write {path}: {error.strerror or error}; choose a writable folder with space")

@@ -1,0 +1,139 @@
+"""A search over networks made from one: the front, the network chosen from it, and recipes for every point."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from secateur.lab.checkpoint import write_atomically
+from secateur.lab.explore.deliver import deliver
+from secateur.lab.explore.problems import DIRECTIONS, Problem, make_problem
+from secateur.lab.explore.session import Session
+from secateur.lab.explore.specs import SearchSectionSpec, seconds
+from secateur.search import SearchResult, SearchSpec, TrialRecord, run_search
+
+__all__ = ["run"]
+
+_GENERATIONS = 10
+_ENDLESS = 1_000_000
+
+
+def run(session: Session, spec: SearchSectionSpec, folder: Path) -> dict[str, Any]:
+    """All trials, the front with its accuracy on images held back, the network delivered."""
+    problem = make_problem(session, spec)
+    dense = problem.share(session.network)
+    result = _searched(session, spec, problem, folder)
+    # Trials of equal worth are one point.
+    distinct = {tuple(_values(trial).values()): trial for trial in reversed(result.front())}
+    front = sorted(distinct.values(), key=lambda trial: (-_values(trial)["accuracy"], trial.trial))
+    chosen, why = _choose(spec, front, dense)
+    points = []
+    for number, trial in enumerate(front):
+        session.listener.check_stop()
+        session.listener.advanced(number, f"front point {number + 1} of {len(front)} on images held back")
+        right, count = session.accuracy(problem.make(trial.numbers).network, session.held)
+        path = _recipe(session, spec, trial, number, folder)
+        points.append({**trial.record(), "held_accuracy": right / count, "recipe": path.name})
+    return {
+        "objectives": list(spec.objectives),
+        "directions": [DIRECTIONS[name] for name in spec.objectives],
+        "names": list(result.space.names),
+        "optuna": result.optuna,
+        "judged": session.counts[0],
+        "held": session.counts[1],
+        "dense": dense,
+        "trials": [trial.record() for trial in result.trials],
+        "front": points,
+        "hypervolume": _hypervolumes(session, spec, result),
+        "chosen": front.index(chosen),
+        "why": why,
+        "delivered": deliver(session, problem, chosen.numbers, folder),
+    }
+
+
+def _searched(session: Session, spec: SearchSectionSpec, problem: Problem, folder: Path) -> SearchResult:
+    listener, started = session.listener, time.monotonic()
+    limit = None if spec.budget is None else seconds(spec.budget)
+    trials = spec.trials
+    if trials is None and limit is not None:
+        trials = _ENDLESS
+    elif trials is None and spec.sampler != "grid":
+        trials = _GENERATIONS * spec.population
+    finished = 0
+
+    def stop() -> bool:
+        # At least one trial, however short the time.
+        return listener.stop or (limit is not None and finished > 0 and time.monotonic() - started > limit)
+
+    def told(trial: TrialRecord) -> None:
+        nonlocal finished
+        finished += 1
+        listener.advanced(trial.trial + 1, f"trial {trial.trial + 1}" + ("" if trials == _ENDLESS else f" of {trials}"))
+
+    result = run_search(
+        SearchSpec(
+            tuple((name, DIRECTIONS[name]) for name in spec.objectives),
+            None if spec.sampler == "grid" and spec.trials is None else trials,
+            spec.sampler,
+            seed=spec.seed,
+            population=spec.population,
+        ),
+        problem.space(spec),
+        lambda numbers: problem.values(numbers, spec.objectives),
+        storage=spec.storage or folder / "study.sqlite",
+        on_trial=told,
+        should_stop=stop,
+        basis={
+            "network": session.bench().fingerprint(),
+            "images": session.judged_fingerprint,
+            "vary": spec.vary,
+            "variants": spec.variants,
+            "criterion": dict(spec.criterion),
+        },
+    )
+    listener.check_stop()
+    return result
+
+
+def _values(trial: TrialRecord) -> dict[str, float]:
+    assert trial.values is not None
+    return dict(trial.values)
+
+
+def _choose(spec: SearchSectionSpec, front: list[TrialRecord], dense: float) -> tuple[TrialRecord, str]:
+    """The point of the front to deliver, and why it."""
+    second = next(name for name in spec.objectives if name != "accuracy")
+    sign = 1.0 if DIRECTIONS[second] == "maximize" else -1.0
+    good = [trial for trial in front if _values(trial)["accuracy"] >= dense - spec.tolerance]
+    allowed = f"{100 * spec.tolerance:.2f} points of the dense network's accuracy on the images judged by"
+    if good:
+        best = max(good, key=lambda trial: sign * _values(trial)[second])
+        return best, f"the best {second} on the front within {allowed}"
+    return front[0], f"the highest accuracy: no point of the front is within {allowed}"
+
+
+def _hypervolumes(session: Session, spec: SearchSectionSpec, result: SearchResult) -> dict[str, Any] | None:
+    """How much the front covers after each trial, up to a network that is never right and saves nothing."""
+    if len(spec.objectives) > 3:
+        return None
+    worst = {"accuracy": 0.0, "sparsity": 0.0, "gain": 0.0, "latency": 1.0}
+    dense_bytes = float(sum(t.numel() * t.element_size() for t in session.network.state_dict().values()))
+    reference = [worst.get(name, dense_bytes) for name in spec.objectives]
+    return {"reference": reference, "series": result.hypervolume_series(reference)}
+
+
+def _recipe(session: Session, spec: SearchSectionSpec, trial: TrialRecord, number: int, folder: Path) -> Path:
+    """A recipe that makes this point of the front again."""
+    recipe = session.recipe.resolved()
+    own = {"kind": "deliver", **spec.model_dump(mode="json", include={"vary", "criterion", "variants"})}
+    recipe["name"] = f"{recipe['name']}-{number}"[:100]
+    recipe["explore"] = [{**own, "numbers": dict(trial.numbers)}]
+    text = io.StringIO()
+    YAML().dump(recipe, text)
+    path = folder / f"point-{number}.yaml"
+    write_atomically(path, text.getvalue().encode())
+    return path

@@ -1,0 +1,1 @@
+"""Reports of explorations: one view a section, on one page."""
