@@ -1,7 +1,7 @@
 """Keep a run as evidence: `python tools/keep_run.py RUN_FOLDER EVIDENCE_NAME`.
 
-Copies recipe, result, report and table, and writes `accuracy.md`, the table that method cards quote. The demo's picture
-and printed summary also go into the README.
+Copies recipe, result, report and table, and writes `accuracy.md`, the table that method cards quote, or for an
+exploration `findings.md`. The demo's picture and printed summary also go into the README.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from secateur.core.statistics import mean_interval
 from secateur.lab.report import summary_lines
+from secateur.lab.report.explore.render import views
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- demo output -->\n```text\n).*?(```\n<!-- end of demo output -->)", re.DOTALL)
@@ -51,12 +52,28 @@ def _cell(rows: list[dict[str, Any]]) -> str:
     return f"{100 * found.mean:.1f}{interval}"
 
 
+def findings(result: dict[str, Any]) -> str:
+    """What every section of an exploration says, with its tables."""
+    lines = [f"# {result['name']}"]
+    for view in views(result):
+        lines += ["", f"## {view.title}", "", *(f"- {line}" for line in view.lines)]
+        for table in view.tables:
+            lines += ["", table.title, "", "| " + " | ".join(table.head) + " |", "|---" * len(table.head) + "|"]
+            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+        lines += ["", *view.notes]
+    return "\n".join(lines) + "\n"
+
+
 def main(run: Path, name: str) -> None:
     result = json.loads((run / "result.json").read_text())
     evidence = ROOT / "evidence" / name
     evidence.mkdir(parents=True, exist_ok=True)
-    for file in ("result.json", "recipe.yaml", "report/report.html", "report/table.csv"):
+    explored = result.get("kind") == "exploration"
+    for file in ("result.json", "recipe.yaml", "report/report.html", *(() if explored else ("report/table.csv",))):
         shutil.copy(run / file, evidence / Path(file).name)
+    if explored:
+        (evidence / "findings.md").write_text(findings(result))
+        return
     (evidence / "accuracy.md").write_text(accuracy_tables(result))
     if name == "demo":
         (ROOT / "docs" / "images").mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from secateur.criteria.taylor import Taylor
     from secateur.criteria.wanda import Wanda
     from secateur.errors import SecateurError
+    from secateur.lab.explore.ask import search_variants
+    from secateur.lab.explore.mask_cut import MaskCut, cut_by_mask
     from secateur.lab.oneshot import PruneReport, prune_units_, prune_weights
     from secateur.regularizers.base import Regularizer, WeightNoise
     from secateur.regularizers.ddrop import DDrop
@@ -75,11 +77,23 @@ if TYPE_CHECKING:
     from secateur.surgery.plan import Plan, align, make_plan
     from secateur.surgery.verify import cut_verified_, max_difference
     from secateur.variants.evaluate import evaluate_variants
-    from secateur.variants.kinds import DropLayer, DropUnit, LayerSparsity, NoisyPrune, UnitMasks, Variant, variant_from
+    from secateur.variants.greedy import GreedyOracle, greedy_oracle
+    from secateur.variants.kinds import (
+        DropLayer,
+        DropUnit,
+        DropUnits,
+        LayerSparsity,
+        NoisyPrune,
+        UnitMasks,
+        Variant,
+        variant_from,
+    )
     from secateur.variants.outcome import Outcome
+    from secateur.variants.pareto_race import FrontArm, FrontResult
     from secateur.variants.race import Arm, RaceResult
-    from secateur.variants.racing import race_variants
+    from secateur.variants.racing import race_front, race_variants
     from secateur.variants.sensitivity import LayerStep, Sensitivity, sensitivity
+    from secateur.variants.unit_choice import UnitsByCriterion
     from secateur.variants.workbench import Workbench
 
 _HOMES = {
@@ -122,6 +136,8 @@ _HOMES = {
     "criteria.taylor": ("Taylor",),
     "criteria.wanda": ("Wanda",),
     "errors": ("SecateurError",),
+    "lab.explore.ask": ("search_variants",),
+    "lab.explore.mask_cut": ("MaskCut", "cut_by_mask"),
     "lab.oneshot": ("PruneReport", "prune_units_", "prune_weights"),
     "regularizers.base": ("Regularizer", "WeightNoise"),
     "regularizers.ddrop": ("DDrop",),
@@ -148,10 +164,22 @@ _HOMES = {
     "surgery.plan": ("Plan", "align", "make_plan"),
     "surgery.verify": ("cut_verified_", "max_difference"),
     "variants.evaluate": ("evaluate_variants",),
-    "variants.kinds": ("DropLayer", "DropUnit", "LayerSparsity", "NoisyPrune", "UnitMasks", "Variant", "variant_from"),
+    "variants.greedy": ("GreedyOracle", "greedy_oracle"),
+    "variants.kinds": (
+        "DropLayer",
+        "DropUnit",
+        "DropUnits",
+        "LayerSparsity",
+        "NoisyPrune",
+        "UnitMasks",
+        "Variant",
+        "variant_from",
+    ),
     "variants.outcome": ("Outcome",),
     "variants.race": ("Arm", "RaceResult"),
-    "variants.racing": ("race_variants",),
+    "variants.pareto_race": ("FrontArm", "FrontResult"),
+    "variants.racing": ("race_front", "race_variants"),
+    "variants.unit_choice": ("UnitsByCriterion",),
     "variants.workbench": ("Workbench",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -169,14 +197,18 @@ __all__ = [
     "DDropScale",
     "DropLayer",
     "DropUnit",
+    "DropUnits",
     "Dropout",
     "Duration",
     "Evidence",
     "FeatureVariance",
+    "FrontArm",
+    "FrontResult",
     "GradientFlow",
     "Gradual",
     "GradualPruning",
     "Grasp",
+    "GreedyOracle",
     "Group",
     "Groups",
     "HessianForm",
@@ -191,6 +223,7 @@ __all__ = [
     "Learned",
     "MCPrediction",
     "Magnitude",
+    "MaskCut",
     "MaskOverlap",
     "MaskPoolDropout",
     "Masks",
@@ -225,6 +258,7 @@ __all__ = [
     "Targets",
     "Taylor",
     "UnitMasks",
+    "UnitsByCriterion",
     "VarianceRatio",
     "Variant",
     "VariationalDropout",
@@ -237,12 +271,14 @@ __all__ = [
     "align",
     "collapsed_layers",
     "compare_costs",
+    "cut_by_mask",
     "cut_verified_",
     "disconnected_layers",
     "evaluate_variants",
     "feature_variance",
     "find_targets",
     "gradient_flow",
+    "greedy_oracle",
     "hessian_form",
     "latency_ratio",
     "load_pruned",
@@ -257,12 +293,14 @@ __all__ = [
     "prune_in_rounds",
     "prune_units_",
     "prune_weights",
+    "race_front",
     "race_variants",
     "rank",
     "rank_units",
     "run_search",
     "save_pruned",
     "score_targets",
+    "search_variants",
     "select",
     "sensitivity",
     "spread",

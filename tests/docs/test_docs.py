@@ -29,8 +29,9 @@ import secateur
 from secateur.cli.main import app
 from secateur.criteria import CRITERIA
 from secateur.errors import SecateurError
-from secateur.lab.cards import recipe_tables, refresh
+from secateur.lab.cards import refresh
 from secateur.lab.recipe import Recipe
+from secateur.lab.recipe_docs import recipe_tables
 from secateur.lab.recipe_file import load_recipe, shipped_recipes
 from secateur.regularizers import REGULARIZERS
 
@@ -40,6 +41,7 @@ NEEDED = [
     "data",
     "files",
     "getting-started",
+    "mask-guided",
     "recipes",
     "report",
     "runs",

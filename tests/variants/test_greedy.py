@@ -158,6 +158,17 @@ def test_a_stopped_search_goes_on_and_a_longer_one_begins_with_it(tmp_path):
     assert greedy_oracle(bench, batches, score=right_or_wrong, steps=1).whole <= 1.0
 
 
+def test_statistics_are_renewed_for_every_removal(tmp_path):
+    bench, batches = _bench(_net()), _batches()
+    options = {"steps": 2, "recalibrate": batches, "journal": tmp_path / "greedy.jsonl"}
+    found = greedy_oracle(bench, batches, **options)
+    assert found.cost.recalibration == found.cost.examples
+    assert found.whole != greedy_oracle(bench, batches, steps=0).whole
+    assert greedy_oracle(bench, batches, **options).steps == found.steps
+    with pytest.raises(CheckpointError, match="differs in recalibrate"):
+        greedy_oracle(bench, batches, steps=2, journal=tmp_path / "greedy.jsonl")
+
+
 def test_the_network_comes_back():
     net = _net().train()
     shape, state = structure(net), copy.deepcopy(values(net))

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import AfterValidator, BaseModel, BeforeValidator
-from pydantic.fields import FieldInfo
+from typing import Any
 
 from secateur.criteria import CRITERIA
 from secateur.errors import UnknownNameError, UsageError
 from secateur.lab.plugins import method_class
-from secateur.lab.recipe import Recipe
+from secateur.lab.recipe_docs import explore_tables, markdown_table, recipe_tables
 from secateur.regularizers import REGULARIZERS
 
 __all__ = [
@@ -28,12 +24,12 @@ __all__ = [
     "header_table",
     "method_rows",
     "parameter_table",
-    "recipe_tables",
     "refresh",
     "refresh_docs",
 ]
 
 _BLOCK = re.compile(r"(<!-- generated: (?P<key>[^>]+?) -->\n).*?(<!-- end generated -->)", re.DOTALL)
+_WHOLE = {"recipe": recipe_tables, "explore": explore_tables}
 _ENTRY = re.compile(r"^ {4}(?P<names>\w+(?:, \w+)*): (?P<text>.*)$")
 
 
@@ -80,7 +76,7 @@ def header_table(name: str) -> str:
         ("Cost", row["cost"]),
         ("Origin", row["paper"]),
     ]
-    return _table(("Name", f"`{name}`"), lines)
+    return markdown_table(("Name", f"`{name}`"), lines)
 
 
 def parameter_table(name: str) -> str:
@@ -99,7 +95,7 @@ def parameter_table(name: str) -> str:
         )
         for f in own
     ]
-    return _table(("Name", "Type", "Default", "Meaning"), rows)
+    return markdown_table(("Name", "Type", "Default", "Meaning"), rows)
 
 
 def comparison_table(phase: str) -> str:
@@ -114,13 +110,7 @@ def comparison_table(phase: str) -> str:
         if row["phase"] == phase:
             cells = [", ".join(row[c]) if isinstance(row[c], list) else row[c] for c in columns]
             rows.append((f"[`{row['name']}`]({row['name']}.md)", *cells))
-    return _table(("Name", *columns.values()), rows)
-
-
-def recipe_tables() -> str:
-    """Every key of a recipe: one section for each part, in the order in which the parts appear."""
-    parts = [_recipe_section(where, model) for where, model in _specs("", Recipe)]
-    return "\n".join(parts)
+    return markdown_table(("Name", *columns.values()), rows)
 
 
 def argument_notes(kind: type) -> dict[str, str]:
@@ -149,7 +139,7 @@ def refresh(text: str) -> str:
     """`text` with every generated block brought up to date.
 
     Raises: `UsageError` for a block whose key is none of `header NAME`, `parameters NAME`, `methods train`,
-        `methods score`, `recipe`.
+        `methods score`, `recipe`, `explore`.
     """
     return _BLOCK.sub(lambda m: f"{m[1]}\n{_generate(m['key'])}\n{m[3]}", text)
 
@@ -174,9 +164,11 @@ def _generate(key: str) -> str:
         return parameter_table(name)
     if what == "methods" and name in ("train", "score"):
         return comparison_table(name)
-    if key == "recipe":
-        return recipe_tables()
-    raise UsageError(f'generated block "{key}": expected header NAME, parameters NAME, methods train|score or recipe')
+    if key in _WHOLE:
+        return _WHOLE[key]()
+    raise UsageError(
+        f'generated block "{key}": expected header NAME, parameters NAME, methods train|score, recipe or explore'
+    )
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -190,77 +182,5 @@ def _class(row: dict[str, Any]) -> Any:
     return (CRITERIA if row["phase"] == "score" else REGULARIZERS).load(row["name"])
 
 
-def _specs(where: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    yield where, model
-    for name, field in model.model_fields.items():
-        inner, many = _inner(field.annotation)
-        # A fine-tuning is described by the keys of train; once is enough.
-        if inner is not None and name != "fine_tune":
-            yield from _specs(f"{where}.{name}".lstrip(".") + ("[]" if many else ""), inner)
-
-
-def _inner(annotation: Any, many: bool = False) -> tuple[type[BaseModel] | None, bool]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, many
-    for argument in get_args(annotation):
-        found = _inner(argument, many or getattr(annotation, "__origin__", None) is tuple)
-        if found[0] is not None:
-            return found
-    return None, False
-
-
-def _recipe_section(where: str, model: type[BaseModel]) -> str:
-    schema = model.model_json_schema()
-    rows = []
-    for name, field in model.model_fields.items():
-        if _inner(field.annotation)[0] is not None:
-            many = _inner(field.annotation)[1]
-            default = "none" if field.default is None else f"{'one entry of ' if many else ''}the defaults below"
-            meaning = "the keys of `train`" if name == "fine_tune" else f"see `{name}` below"
-            rows.append((f"`{name}`", "list of mappings" if many else "mapping", default, field.description or meaning))
-            continue
-        kind = _kind(schema["properties"][name], field)
-        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-        rows.append((f"`{name}`", kind, default, field.description or ""))
-    title = f"### `{where}`" if where else "### Top level"
-    return f"{title}\n\n{inspect.getdoc(model) or ''}\n\n{_table(('Key', 'Value', 'Default', 'Meaning'), rows)}"
-
-
-def _kind(schema: dict[str, Any], field: FieldInfo | None = None) -> str:
-    """A JSON schema in words: type, choices and range."""
-    validators = [*field.metadata, *(m for a in get_args(field.annotation) for m in get_args(a)[1:])] if field else []
-    if any(isinstance(v, AfterValidator) for v in validators):
-        return f"{'list of durations' if schema['type'] == 'array' else 'duration'}: `30ep`, `500it` or `0.4run`"
-    if any(isinstance(v, BeforeValidator) for v in validators):
-        return "a name, or a mapping with `name` and hyper-parameters"
-    if "anyOf" in schema:
-        return " or ".join(_kind(s) for s in schema["anyOf"])
-    if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
-    names = {"array": "list", "object": "mapping", "string": "text", "boolean": "`true` or `false`", "null": "none"}
-    text = names.get(schema.get("type", ""), schema.get("type", "name or mapping"))
-    if schema.get("type") == "array" and schema.get("items"):
-        text = f"list of: {_kind(schema['items'])}"
-    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
-    return f"{text}, {', '.join(limits)}" if limits else text
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_yaml, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{k}: {_yaml(v)}' for k, v in value.items())}}}"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "none"}[value]
-    return '""' if value == "" else f'"{value}"' if value in ("*", "@last") else str(value)
-
-
 def _code(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
-    # A bar inside a cell, as in |gamma|, would end it.
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |\n" for line in lines)

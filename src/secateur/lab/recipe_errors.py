@@ -41,6 +41,9 @@ def explain(error: ValidationError, data: Any, path: Path, model: type[BaseModel
     message = first["msg"].removeprefix("Value error, ")
     if (expected := _EXPECTED.get(first["type"])) is not None:
         return f"{where}: expected {expected}, got {shown(first['input'])}{more}"
+    if first["type"] == "too_short":
+        least = first["ctx"]["min_length"]
+        return f"{where}: expected {least} or more entries, got {first['ctx']['actual_length']}{more}"
     got = first.get("input")
     told = f", got {got!r}" if isinstance(got, str | int | float | bool | None) and first["type"] != "missing" else ""
     if first["type"] == "value_error":

@@ -193,9 +193,11 @@ def check_plugins(
 def _explored(recipe: ExploreRecipe, allow_code: Collection[str]) -> _Checks:
     checks: _Checks = [(["regularizer"], lambda: make_regularizer(recipe.regularizer, allow_code))]
     for number, section in enumerate(recipe.explore):
-        plugin = getattr(section, "criterion", None)
-        if plugin is not None:
-            checks.append((["explore", number, "criterion"], lambda p=plugin: make_criterion(p, allow_code)))  # type: ignore[misc]
+        plugins: list[tuple[list[Any], Any]] = [(["criterion"], getattr(section, "criterion", None))]
+        plugins += [(["criteria", i], plugin) for i, plugin in enumerate(getattr(section, "criteria", ()))]
+        for key, plugin in plugins:
+            if plugin is not None:
+                checks.append((["explore", number, *key], lambda p=plugin: make_criterion(p, allow_code)))  # type: ignore[misc]
     return checks
 
 

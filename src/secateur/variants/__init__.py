@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.variants.evaluate import evaluate_variants
+    from secateur.variants.greedy import GreedyOracle, GreedyStep, greedy_oracle
     from secateur.variants.kinds import (
         DropLayer,
         DropUnit,
+        DropUnits,
         LayerSparsity,
         NoisyPrune,
         UnitMasks,
@@ -31,8 +33,11 @@ __all__ = [
     "Arm",
     "DropLayer",
     "DropUnit",
+    "DropUnits",
     "FrontArm",
     "FrontResult",
+    "GreedyOracle",
+    "GreedyStep",
     "LayerSparsity",
     "NoisyPrune",
     "Outcome",
@@ -42,6 +47,7 @@ __all__ = [
     "Variant",
     "Workbench",
     "evaluate_variants",
+    "greedy_oracle",
     "race_front",
     "race_variants",
     "variant_from",
@@ -51,8 +57,11 @@ _HOMES = {
     "Arm": "race",
     "DropLayer": "kinds",
     "DropUnit": "kinds",
+    "DropUnits": "kinds",
     "FrontArm": "pareto_race",
     "FrontResult": "pareto_race",
+    "GreedyOracle": "greedy",
+    "GreedyStep": "greedy",
     "LayerSparsity": "kinds",
     "NoisyPrune": "kinds",
     "Outcome": "outcome",
@@ -62,6 +71,7 @@ _HOMES = {
     "Variant": "kinds",
     "Workbench": "workbench",
     "evaluate_variants": "evaluate",
+    "greedy_oracle": "greedy",
     "race_front": "racing",
     "race_variants": "racing",
     "variant_from": "kinds",

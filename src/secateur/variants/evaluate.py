@@ -20,7 +20,7 @@ from secateur.variants.outcome import Cost, Outcome
 from secateur.variants.renew import renewed_statistics
 from secateur.variants.workbench import Workbench
 
-__all__ = ["Score", "evaluate_variants", "right_or_wrong"]
+__all__ = ["Score", "data_mark", "evaluate_variants", "evaluation_basis", "right_or_wrong"]
 
 Score = Callable[[Any, Any], Tensor]
 Progress = Callable[[int, int], None]
@@ -66,7 +66,7 @@ def evaluate_variants(
     if not unique:
         raise UsageError("variants: none to evaluate; expected at least one")
     device = next(bench.network.parameters()).device
-    book = None if journal is None else Journal(journal, _basis(bench, score, recalibrate))
+    book = None if journal is None else Journal(journal, evaluation_basis(bench, score, recalibrate))
     cost, parts = Cost(), []
     with undisturbed(bench.network), torch.no_grad():
         done = 0
@@ -74,7 +74,7 @@ def evaluate_variants(
             size = sum(count for _, _, count in part)
             rows: dict[Variant, np.ndarray] = {}
             # Journals know parts by what is in them.
-            name = number if book is None else _mark(part)
+            name = number if book is None else data_mark(part)
             for variant in unique:
                 found = None if book is None else book.get(variant, name)
                 if found is None:
@@ -129,10 +129,11 @@ def _evaluate(
     return row, Cost(cost.examples + len(row), cost.recalibration + renewed, cost.made + 1)
 
 
-def _basis(bench: Workbench, score: Score, recalibrate: Sequence[Any] | None) -> dict[str, Any]:
+def evaluation_basis(bench: Workbench, score: Score, recalibrate: Sequence[Any] | None) -> dict[str, Any]:
+    """What the values of an evaluation depend on besides variants and examples."""
     name = f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', type(score).__name__)}"
-    renewed = None if recalibrate is None else _mark([(i, y, n) for i, y, n in labelled(recalibrate)])
-    scored = None if bench.batches is None else _mark(list(read(bench.batches)))
+    renewed = None if recalibrate is None else data_mark([(i, y, n) for i, y, n in labelled(recalibrate)])
+    scored = None if bench.batches is None else data_mark(list(read(bench.batches)))
     criteria = {name: repr(criterion) for name, criterion in bench.criteria.items()}
     return {
         "network": bench.fingerprint(),
@@ -143,7 +144,7 @@ def _basis(bench: Workbench, score: Score, recalibrate: Sequence[Any] | None) ->
     }
 
 
-def _mark(part: list[tuple[Any, Any, int]]) -> int:
+def data_mark(part: list[tuple[Any, Any, int]]) -> int:
     """A number for what is in a part of the data."""
     digest = hashlib.sha256()
     for inputs, labels, _ in part:

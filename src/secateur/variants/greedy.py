@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.criteria.gathering.batches import labelled
 from secateur.criteria.oracle import Oracle
 from secateur.errors import UsageError
-from secateur.variants.evaluate import Score, _basis, _mark, evaluate_variants
+from secateur.variants.evaluate import Score, data_mark, evaluate_variants, evaluation_basis
 from secateur.variants.inputs import moved
 from secateur.variants.journal import Journal
 from secateur.variants.kinds import DropUnits
@@ -141,8 +141,8 @@ def greedy_oracle(
     given = [(moved(inputs, device), moved(labels, device)) for inputs, labels, _ in data]
     book = None
     if journal is not None:
-        basis = {"search": "greedy oracle", "layers": units, "min_keep": min_keep, "data": _mark(data)}
-        book = _Book(journal, {**_basis(bench, score, recalibrate), **basis})
+        basis = {"search": "greedy oracle", "layers": units, "min_keep": min_keep, "data": data_mark(data)}
+        book = _Book(journal, {**evaluation_basis(bench, score, recalibrate), **basis})
     left = {name: list(range(number)) for name, number in units.items()}
     tried, every = 0, _tries(units, count, min_keep)
     gone: list[Unit] = []

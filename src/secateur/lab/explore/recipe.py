@@ -6,14 +6,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from secateur.lab.explore.analyses_spec import AnalysesSpec
 from secateur.lab.explore.fine_tune_spec import FineTuneSpec
+from secateur.lab.explore.masks_spec import MasksSpec
+from secateur.lab.explore.oracle_spec import OracleSpec
+from secateur.lab.explore.sensitivity_spec import SensitivitySpec
 from secateur.lab.explore.specs import DeliverSpec, JudgeSpec, NoiseSpec, SearchSectionSpec, WeightsSpec
 from secateur.lab.recipe import MethodSpec, Recipe, canonical_hash
 from secateur.lab.train_spec import DataSpec, ModelSpec, Plugin, Spec, TrainSpec
 
 __all__ = ["ExploreRecipe", "Section"]
 
-Section = Annotated[DeliverSpec | FineTuneSpec | NoiseSpec | SearchSectionSpec, Field(discriminator="kind")]
+Section = Annotated[
+    AnalysesSpec
+    | DeliverSpec
+    | FineTuneSpec
+    | MasksSpec
+    | NoiseSpec
+    | OracleSpec
+    | SearchSectionSpec
+    | SensitivitySpec,
+    Field(discriminator="kind"),
+]
 
 # What the layers of a preset leave out: stochastic pruning's own code spares the first convolution and the classifier.
 _PRESETS = {"sp_paper": ("@first", "@last")}
@@ -29,6 +43,7 @@ class ExploreRecipe(Spec):
     weights: WeightsSpec | None = Field(None, description="weights trained elsewhere; default: trained here")
     train: TrainSpec = TrainSpec()
     regularizer: Plugin = Field({"name": "none"}, description="what to train under, with its parameters")
+    train_exclude: tuple[str, ...] = Field((), description="layers that the regularizer leaves alone in training")
     seed: int = Field(0, ge=0, description="of the network's training")
     include: tuple[str, ...] = Field(("*",), description="layers that variants change: shell patterns, @first, @last")
     exclude: tuple[str, ...] = Field((), description="layers they leave alone")
@@ -41,9 +56,9 @@ class ExploreRecipe(Spec):
         if self.preset is not None and self.exclude:
             raise ValueError(f"preset {self.preset} says which layers are left out: give it or exclude, not both")
         if self.weights is not None:
-            given = [n for n in ("train", "regularizer") if getattr(self, n) != type(self).model_fields[n].default]
-            if given:
-                raise ValueError(f"{given[0]} trains a network, and weights are given: leave one of them out")
+            for name in ("train", "regularizer", "train_exclude"):
+                if self._changed(name):
+                    raise ValueError(f"{name} trains a network, and weights are given: leave one of them out")
         if self.judge.source == "validation" and not self.data.validation:
             raise ValueError("judge.source validation needs a share held out: set data.validation (0.1)")
         titles = [section.title or section.kind for section in self.explore]
@@ -65,7 +80,7 @@ class ExploreRecipe(Spec):
             data=self.data,
             model=self.model,
             train=self.train,
-            methods=(MethodSpec(label="network", regularizer=self.regularizer),),
+            methods=(MethodSpec(label="network", regularizer=self.regularizer, exclude=self.train_exclude),),
         )
 
     def resolved(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from secateur.lab.provenance import provenance
 from secateur.lab.recipe_file import write_recipe
 from secateur.lab.store import Planned, locked, write_json
 
-__all__ = ["check_exploration", "explore", "exploration_folder", "plan_exploration"]
+__all__ = ["check_exploration", "exploration_folder", "explore", "plan_exploration"]
 
 
 def exploration_folder(recipe: ExploreRecipe, options: Options) -> Path:

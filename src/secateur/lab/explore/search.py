@@ -9,11 +9,13 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from secateur.errors import SecateurError
 from secateur.lab.checkpoint import write_atomically
 from secateur.lab.explore.deliver import deliver
 from secateur.lab.explore.problems import DIRECTIONS, Problem, make_problem
 from secateur.lab.explore.session import Session
 from secateur.lab.explore.specs import SearchSectionSpec, seconds
+from secateur.lab.listener import Interrupted
 from secateur.search import SearchResult, SearchSpec, TrialRecord, run_search
 
 __all__ = ["run"]
@@ -22,11 +24,18 @@ _GENERATIONS = 10
 _ENDLESS = 1_000_000
 
 
+class _Stopped(Exception):
+    """A wish to stop inside a trial: a search counts deliberate errors as failed trials, and this is none."""
+
+
 def run(session: Session, spec: SearchSectionSpec, folder: Path) -> dict[str, Any]:
     """All trials, the front with its accuracy on images held back, the network delivered."""
     problem = make_problem(session, spec)
     dense = problem.share(session.network)
     result = _searched(session, spec, problem, folder)
+    if not result.front():
+        reason = result.failed[0].reason if result.failed else "no trial was finished"
+        raise SecateurError(f"search: all {len(result.trials)} trials failed; the first: {reason}")
     # Trials of equal worth are one point.
     distinct = {tuple(_values(trial).values()): trial for trial in reversed(result.front())}
     front = sorted(distinct.values(), key=lambda trial: (-_values(trial)["accuracy"], trial.trial))
@@ -72,29 +81,42 @@ def _searched(session: Session, spec: SearchSectionSpec, problem: Problem, folde
     def told(trial: TrialRecord) -> None:
         nonlocal finished
         finished += 1
-        listener.advanced(trial.trial + 1, f"trial {trial.trial + 1}" + ("" if trials == _ENDLESS else f" of {trials}"))
+        known = "" if trials in (None, _ENDLESS) else f" of {trials}"
+        listener.advanced(trial.trial + 1, f"trial {trial.trial + 1}{known}")
 
-    result = run_search(
-        SearchSpec(
-            tuple((name, DIRECTIONS[name]) for name in spec.objectives),
-            None if spec.sampler == "grid" and spec.trials is None else trials,
-            spec.sampler,
-            seed=spec.seed,
-            population=spec.population,
-        ),
-        problem.space(spec),
-        lambda numbers: problem.values(numbers, spec.objectives),
-        storage=spec.storage or folder / "study.sqlite",
-        on_trial=told,
-        should_stop=stop,
-        basis={
-            "network": session.bench().fingerprint(),
-            "images": session.judged_fingerprint,
-            "vary": spec.vary,
-            "variants": spec.variants,
-            "criterion": dict(spec.criterion),
-        },
+    def objective(numbers: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return problem.values(numbers, spec.objectives)
+        except Interrupted as error:
+            raise _Stopped from error
+
+    asked = SearchSpec(
+        tuple((name, DIRECTIONS[name]) for name in spec.objectives),
+        None if spec.sampler == "grid" and spec.trials is None else trials,
+        spec.sampler,
+        seed=spec.seed,
+        population=spec.population,
     )
+    basis = {
+        "network": session.bench().fingerprint(),
+        "images": session.judged_fingerprint,
+        "vary": spec.vary,
+        "variants": spec.variants,
+        "criterion": dict(spec.criterion),
+    }
+    try:
+        result = run_search(
+            asked,
+            problem.space(spec),
+            objective,
+            storage=spec.storage or folder / "study.sqlite",
+            on_trial=told,
+            should_stop=stop,
+            basis=basis,
+        )
+    except _Stopped as stopped:
+        assert isinstance(stopped.__cause__, Interrupted)
+        raise stopped.__cause__ from None
     listener.check_stop()
     return result
 

@@ -197,7 +197,7 @@ class Session:
     def stage(self, section: Any) -> Stage:
         """The stage of a section: named by all that its result depends on."""
         settings = section.model_dump(mode="json", exclude={"title", "storage"})
-        plugins = [value for value in (getattr(section, "criterion", None), getattr(section, "against", None)) if value]
+        plugins = [getattr(section, "criterion", None), *getattr(section, "criteria", ())]
         return self.context.store.stage(
             "explore",
             {
@@ -205,7 +205,7 @@ class Session:
                 "layers": [list(self.recipe.include), list(self.recipe.excluded)],
                 "judge": self.recipe.judge.model_dump(mode="json", exclude={"batch_size"}),
                 "section": settings,
-                "code": [self.context.code_hash(CRITERIA, plugin["name"]) for plugin in plugins],
+                "code": [self.context.code_hash(CRITERIA, plugin["name"]) for plugin in plugins if plugin],
                 "device": self.context.runtime.device.type,
             },
         )

@@ -17,6 +17,7 @@ __all__ = [
     "SearchSectionSpec",
     "SectionSpec",
     "WeightsSpec",
+    "check_time",
     "seconds",
 ]
 
@@ -37,7 +38,8 @@ def seconds(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _time(text: str) -> str:
+def check_time(text: str) -> str:
+    """The text, if it is a time."""
     seconds(text)
     return text
 
@@ -127,7 +129,7 @@ class SearchSectionSpec(PointSpec):
     sampler: Literal["grid", "random", "nsga2", "tpe"] = Field("nsga2", description="how numbers are proposed")
     population: int = Field(50, ge=2, description="nsga2: trials a generation")
     trials: int | None = Field(None, ge=1, description="how many; default: ten generations, or what the budget allows")
-    budget: Annotated[str, AfterValidator(_time)] | None = Field(None, description="stop after this time: 10min")
+    budget: Annotated[str, AfterValidator(check_time)] | None = Field(None, description="stop after this time: 10min")
     sigma: tuple[Sigma, Sigma] = Field((1e-4, 1e-2), description="weights: searched between these")
     sparsity: tuple[Sparsity, Sparsity] = Field((0.01, 0.99), description="searched between these")
     storage: str | None = Field(None, description="a SQLite file, a journal (.jsonl) or a server's URL, to share")

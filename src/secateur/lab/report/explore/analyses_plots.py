@@ -53,8 +53,8 @@ def _feature_variance(part: Part, name: str) -> list[Picture]:
                 f"Feature variance, {said}",
                 series,
                 ("layer", "pruned over unpruned"),
-                "A line for each sparsity. Below 1 (dotted) a layer's outputs vary less than unpruned, above 1 more. "
-                "Layers are in the network's order.",
+                "A line for each sparsity. Below 1 (dotted) a layer's outputs vary less than unpruned, above 1 more; "
+                "where they do not vary at all there is no point. Layers are in the network's order.",
                 scales=("linear", "log"),
                 ticks=_layer_ticks(layers),
                 level_at=1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,12 @@ def _findings(section: Mapping[str, Any]) -> list[str]:
         f"{unclear}, {many(section['count'], 'image')} and {many(len(cells[0]['accuracies']), 'network')} a cell show "
         "no difference."
     ]
+    networks, enough = len(cells[0]["accuracies"]), math.ceil(math.log2(len(cells) / _LEVEL) + 1e-9)
+    if networks < enough:
+        lines.append(
+            f"Nor could it be seen to pay: with {many(networks, 'network')} a cell no p-value comes below {_LEVEL:g} "
+            f"over {many(len(cells), 'cell')}; {enough} or more would do."
+        )
     best = max(cells, key=lambda cell: cell["gain"])
     if best["gain"] > 0:
         lines.append(f"Largest gain: {_cell(best)}.")
@@ -92,10 +99,10 @@ def _confirmed(section: Mapping[str, Any]) -> list[str]:
     cell = section["confirmed"]
     if cell is None:
         return []
-    return [
-        f"That cell on {many(cell['count'], 'test image')} held back, by which it was not chosen: {_cell(cell)}. "
-        + ("The gain holds." if pays(cell) else "The gain does not hold there.")
-    ]
+    said = f"That cell on {many(cell['count'], 'test image')} held back, by which it was not chosen: {_cell(cell)}."
+    if max(c["gain"] for c in section["cells"]) > 0:
+        said += " The gain holds." if pays(cell) else " The gain does not hold there."
+    return [said]
 
 
 def _crossings(section: Mapping[str, Any]) -> list[str]:

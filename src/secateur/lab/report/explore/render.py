@@ -20,11 +20,14 @@ def views(result: Mapping[str, Any]) -> list[View]:
 
     Raises: `CheckpointError` for a result that lacks what a section shows.
     """
-    found = []
+    found: list[View] = []
     for section in _sections(result):
+        name, taken = slug(section["title"]), [slug(shown.title) for shown in found]
+        # Titles that differ may still have files of one name.
+        name += f"-{taken.count(name) + 1}" if name in taken else ""
         try:
             module = importlib.import_module(f"secateur.lab.report.explore.{section['kind']}")
-            found.append(module.view(section, slug(section["title"])))
+            found.append(module.view(section, name))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, ModuleNotFoundError) as error:
             raise CheckpointError(
                 f'section "{section.get("title")}" of the result cannot be read ({type(error).__name__}: {error}); run '
