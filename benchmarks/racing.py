@@ -1,6 +1,6 @@
 """Best point and Pareto front of 150 (sigma, sparsity) points x 10 variants, against trying everything on everything.
 
-    python benchmarks/racing.py [--rounds 3] [--json FILE]
+    python benchmarks/racing.py [--rounds 3] [--case NAME] [--json FILE]
 
 A small convolution network is trained on scikit-learn's digits, enlarged to 16x16; the 5,000 images it is judged on are
 held-out digits (540) in 13 shifts each, of which 5,000 are drawn. So its images are not independent of each other.
@@ -213,7 +213,9 @@ def measure(task: Task, question: str, known: dict[str, dict[Variant, np.ndarray
 
 
 def main() -> None:
-    asked = parser(__doc__, rounds=3).parse_args()
+    flags = parser(__doc__, rounds=3)
+    flags.add_argument("--case", default="", help="only questions whose name contains this")
+    asked = flags.parse_args()
     steady()
     x, y, tested, labels = images()
     generator = np.random.default_rng(0)
@@ -223,7 +225,8 @@ def main() -> None:
     known: dict[str, Any] = {}
     took = timed(lambda: known.update(tables(task))) / 1e3
     print(f"accuracy of the network: {accuracy:.4f}; both complete tables took {took:.0f} s CPU")
-    rows = [row for question in (BEST, SPARSITY, GAIN) for row in measure(task, question, known, asked.rounds)]
+    questions = [question for question in (BEST, SPARSITY, GAIN) if asked.case in question]
+    rows = [row for question in questions for row in measure(task, question, known, asked.rounds)]
     title = f"{POINTS} points x {VARIANTS} variants x {IMAGES} images: speed-up of races over the papers' way; recall"
     report(title, rows, asked.rounds, asked.json)
 

@@ -14,7 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from secateur.cli.main import app
-from secateur.lab.recipe_file import load_recipe
+from secateur.lab.recipe_file import load_any
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -102,7 +102,7 @@ def check_yaml(path: Path, allow_code: tuple[str, ...] = ()) -> list[str]:
         name = block.file or f"fragment{number}.yaml"
         text = block.text if re.search(r"^name:", block.text, re.MULTILINE) else f"name: fragment\n{block.text}"
         Path(name).write_text(text, encoding="utf-8")
-        load_recipe(name, allow_code=allow_code)
+        load_any(name, allow_code=allow_code)
         files.append(name)
     return files
 
@@ -126,7 +126,7 @@ def check_command(words: list[str]) -> None:
     context = command.make_context(name, list(rest))
     if name == "run":
         overrides = list(context.params["set_"] or [])
-        load_recipe(context.params["recipe"], overrides, allow_code=context.params["allow_code"] or [])
+        load_any(context.params["recipe"], overrides, allow_code=context.params["allow_code"] or [])
     if name in ("check", "methods", "models"):
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, f"secateur {shlex.join(words)}: {result.output}{result.stderr}"

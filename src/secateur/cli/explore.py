@@ -52,6 +52,7 @@ def search(
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help=r"Folder with data sets \[default: $SECATEUR_DATA_DIR].")
     ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Let data sets download themselves.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
     allow_code: Annotated[list[str], typer.Option("--allow-code", help="Module that python: names may run.")] = [],  # noqa: B006
@@ -84,7 +85,7 @@ def search(
         )
         from secateur.lab.context import Options
 
-        options = Options(out, data_dir, device=device, allow_code=tuple(allow_code))
+        options = Options(out, data_dir, download, device, allow_code=tuple(allow_code))
         run_exploration(recipe, options, threads, quiet, json_)
 
 

@@ -197,7 +197,7 @@ def _explored(recipe: ExploreRecipe, allow_code: Collection[str]) -> _Checks:
         plugins += [(["criteria", i], plugin) for i, plugin in enumerate(getattr(section, "criteria", ()))]
         for key, plugin in plugins:
             if plugin is not None:
-                checks.append((["explore", number, *key], lambda p=plugin: make_criterion(p, allow_code)))  # type: ignore[misc]
+                checks.append((["explore", number, *key], lambda p=plugin, s=section: _check_ranking(p, s, allow_code)))  # type: ignore[misc]
     return checks
 
 
@@ -227,6 +227,16 @@ def _check_criterion(plugin: dict[str, Any], spec: PruneSpec, allow_code: Collec
             f'{plugin["name"]} gives one score per unit, but the granularity is "{spec.granularity}"; '
             "use granularity unit (a method's own prune: [...] says which entries it takes)"
         )
+
+
+def _check_ranking(plugin: dict[str, Any], section: Any, allow_code: Collection[str]) -> None:
+    criterion = make_criterion(plugin, allow_code)
+    # `criteria` and `vary: units` rank units.
+    weights = section.kind != "oracle" and getattr(section, "vary", "weights") == "weights"
+    if weights and "weight" not in criterion.granularities:
+        raise UsageError(f"{plugin['name']} gives one score per unit, and single weights are removed; name another")
+    if "learned" in criterion.wanted():
+        raise UsageError(f"{plugin['name']} needs what training learned, and an exploration has none; name another")
 
 
 def _check_model(name: str, allow_code: Collection[str]) -> None:

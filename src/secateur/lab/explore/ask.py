@@ -38,6 +38,9 @@ def search_recipe(
 
     Raises: `UsageError` naming the argument that is wrong.
     """
+    for argument, names in (("objectives", objectives), ("exclude", exclude)):
+        if isinstance(names, str):
+            raise UsageError(f"search: {argument}: expected a list of names, got {names!r}")
     section: dict[str, Any] = {"kind": "search", "objectives": list(objectives), "tolerance": tolerance, "seed": seed}
     section |= {"vary": vary or ("units" if "latency" in objectives else "weights"), "budget": budget, "trials": trials}
     recipe: dict[str, Any] = {
@@ -58,8 +61,14 @@ def search_recipe(
     except ValidationError as error:
         first = error.errors()[0]
         where = next((str(part) for part in reversed(first["loc"]) if isinstance(part, str)), "arguments")
+        # Data and model are called by their names.
+        where = str(first["loc"][-2]) if where == "name" and len(first["loc"]) > 1 else where
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"search: {where}: {message[0].lower() + message[1:]}, got {first['input']!r}") from error
+        told = f", got {first['input']!r}"
+        if isinstance(first["input"], dict) or first["type"] == "value_error":
+            told = ""
+        place = "" if where in ("search", "weights", "arguments") else f"{where}: "
+        raise UsageError(f"search: {place}{message[0].lower() + message[1:]}{told}") from error
     check_plugins(made, allow_code)
     return made
 
@@ -69,6 +78,7 @@ def search_variants(
     *,
     out: str | Path = "runs",
     data_dir: str | Path | None = None,
+    download: bool = False,
     device: str = "auto",
     allow_code: Collection[str] = (),
     **question: Any,
@@ -79,6 +89,7 @@ def search_variants(
         model: a name from `secateur models`, `torchvision:NAME`, `timm:NAME` or `python:module:function`.
         out: folder for the run, its stages and its report.
         data_dir: data folder; None: the environment variable `SECATEUR_DATA_DIR`.
+        download: let data sets download themselves.
         device: "auto", "cpu" or "cuda".
         allow_code: modules that `python:` names may run code from.
         question:
@@ -102,4 +113,4 @@ def search_variants(
 
     recipe = search_recipe(model, allow_code=allow_code, **question)
     folder = None if data_dir is None else Path(data_dir)
-    return explore(recipe, Options(Path(out), folder, device=device, allow_code=tuple(allow_code)))
+    return explore(recipe, Options(Path(out), folder, download, device, allow_code=tuple(allow_code)))

@@ -77,6 +77,7 @@ def explore(recipe: ExploreRecipe, options: Options, listener: Listener | None =
         if not options.resume:
             _forget(session)
         trained = _train(session)
+        session.check_outputs()
         sections = [_section(session, section) for section in recipe.explore]
         judged, held = session.counts
         dense = session.accuracy(session.network, session.held)

@@ -88,7 +88,7 @@ def _searched(session: Session, spec: SearchSectionSpec, problem: Problem, folde
         try:
             return problem.values(numbers, spec.objectives)
         except Interrupted as error:
-            raise _Stopped from error
+            raise _Stopped(str(error)) from error
 
     asked = SearchSpec(
         tuple((name, DIRECTIONS[name]) for name in spec.objectives),
@@ -115,8 +115,7 @@ def _searched(session: Session, spec: SearchSectionSpec, problem: Problem, folde
             basis=basis,
         )
     except _Stopped as stopped:
-        assert isinstance(stopped.__cause__, Interrupted)
-        raise stopped.__cause__ from None
+        raise Interrupted(str(stopped)) from None
     listener.check_stop()
     return result
 

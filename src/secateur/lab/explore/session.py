@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from secateur.core.duration import Duration
 from secateur.core.targets import Targets, find_targets
 from secateur.criteria import CRITERIA
-from secateur.errors import UsageError
+from secateur.errors import DataError, MissingExtraError, UsageError
 from secateur.lab.context import Context, Options
 from secateur.lab.data import Dataset, evaluation_batches
 from secateur.lab.data.dataset import Normalize, fingerprint, stratified
@@ -28,6 +29,7 @@ from secateur.lab.recipe import MethodSpec
 from secateur.lab.stages import run_train, train_stage, trained_model
 from secateur.lab.store import Stage
 from secateur.lab.weights import load_weights
+from secateur.variants.evaluate import right_or_wrong
 from secateur.variants.workbench import Workbench
 
 __all__ = ["Session"]
@@ -82,9 +84,22 @@ class Session:
 
     def check(self) -> None:
         """Raise what would otherwise be found only after training: network, weights, layers, criteria, images."""
+        if any(section.kind == "search" for section in self.recipe.explore) and find_spec("optuna") is None:
+            raise MissingExtraError("a search", "search")
         self.context.check_model()
         _ = self.source, self.counts
         find_targets(self.context.model(self.recipe.seed), self.recipe.include, self.recipe.excluded)
+
+    def check_outputs(self) -> None:
+        """Raise `DataError` for a network whose answers are no numbers: every variant would only be wrong."""
+        with torch.no_grad():
+            finite = torch.cat([torch.isfinite(self.network(inputs)).all(dim=1) for inputs, _ in self.judged])
+        if bad := int((~finite).sum()):
+            file = "" if self.weights_file is None else f" with the weights of {self.weights_file}"
+            raise DataError(
+                f"network{file}: its outputs are not finite for {bad} of {len(finite)} images; it diverged in "
+                "training, or its images were normalized in another way"
+            )
 
     def train(self) -> dict[str, Any] | None:
         """Train the network unless that is done; what the stage says about it, or None for weights from elsewhere."""
@@ -190,7 +205,7 @@ class Session:
         """How many are right, of how many; the model is in eval mode."""
         right = count = 0
         for inputs, labels in batches:
-            right += int((model(inputs).argmax(dim=1) == labels).sum())
+            right += int(right_or_wrong(model(inputs), labels).sum())
             count += len(labels)
         return right, count
 

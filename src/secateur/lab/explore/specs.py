@@ -114,6 +114,15 @@ class DeliverSpec(PointSpec):
     kind: Literal["deliver"]
     numbers: dict[str, float] = Field(description="weights: sigma, sparsity; units: a sparsity for each group")
 
+    @model_validator(mode="after")
+    def _possible(self) -> DeliverSpec:
+        if self.vary == "weights" and set(self.numbers) != {"sigma", "sparsity"}:
+            raise ValueError(f"numbers: expected sigma and sparsity, got {', '.join(self.numbers) or 'none'}")
+        for name, value in self.numbers.items():
+            if value < 0.0 or (name != "sigma" and value >= 1.0):
+                raise ValueError(f"numbers: {name}: got {value:g}, expected sigma at least 0, a sparsity in [0, 1)")
+        return self
+
 
 class SearchSectionSpec(PointSpec):
     """Search for the networks that no other beats, through Optuna; one of them is delivered.

@@ -49,6 +49,8 @@ _ENTRIES = (
     ModelInfo("resnet20", f"{_ROOM}.resnet_cifar:resnet20", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10),
     ModelInfo("resnet32", f"{_ROOM}.resnet_cifar:resnet32", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10),
     ModelInfo("resnet56", f"{_ROOM}.resnet_cifar:resnet56", "He et al.'s CIFAR ResNet, padded shortcuts", _CIFAR, 10),
+    ModelInfo("resnet18", f"{_ROOM}.ddrop:resnet18", "ResNet-18 with a 3x3 stem, for CIFAR", _CIFAR, 10),
+    ModelInfo("resnet50", f"{_ROOM}.ddrop:resnet50", "ResNet-50 with a 3x3 stem, for CIFAR", _CIFAR, 10),
     ModelInfo(
         "td_resnet32",
         f"{_ROOM}.resnet_cifar:td_resnet32",
@@ -59,6 +61,7 @@ _ENTRIES = (
     ModelInfo("vgg11", f"{_ROOM}.vgg:vgg11", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10),
     ModelInfo("vgg13", f"{_ROOM}.vgg:vgg13", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10),
     ModelInfo("vgg16", f"{_ROOM}.vgg:vgg16", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10),
+    ModelInfo("vgg19", f"{_ROOM}.vgg:vgg19", "VGG with BatchNorm and one linear layer, for CIFAR", _CIFAR, 10),
     ModelInfo("ddrop_resnet18", f"{_ROOM}.ddrop:ddrop_resnet18", "DDROP's narrow ResNet-18 (8-16-32-64)", _CIFAR, 10),
     ModelInfo("ddrop_resnet34", f"{_ROOM}.ddrop:ddrop_resnet34", "DDROP's narrow ResNet-34 (8-16-32-64)", _CIFAR, 10),
     ModelInfo("ddrop_resnet50", f"{_ROOM}.ddrop:ddrop_resnet50", "DDROP's narrow ResNet-50 (8-16-32-64)", _CIFAR, 10),

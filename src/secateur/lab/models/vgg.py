@@ -9,10 +9,10 @@ from torch import nn
 
 from secateur.lab.models.parts import check_pools, check_widths, conv3x3
 
-__all__ = ["ddrop_vgg11", "ddrop_vgg13", "vgg11", "vgg13", "vgg16"]
+__all__ = ["ddrop_vgg11", "ddrop_vgg13", "vgg11", "vgg13", "vgg16", "vgg19"]
 
 # Convolutions in each of the five stages; a 2x2 pool ends each stage.
-_STAGES_11, _STAGES_13, _STAGES_16 = (1, 1, 2, 2, 2), (2, 2, 2, 2, 2), (2, 2, 3, 3, 3)
+_STAGES_11, _STAGES_13, _STAGES_16, _STAGES_19 = (1, 1, 2, 2, 2), (2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)
 _WIDTHS = (64, 128, 256, 512, 512)
 
 
@@ -37,6 +37,11 @@ def vgg13(num_classes: int, in_shape: Sequence[int], widths: Sequence[int] = _WI
 def vgg16(num_classes: int, in_shape: Sequence[int], widths: Sequence[int] = _WIDTHS) -> nn.Module:
     """As `vgg11`, 13 convolutions."""
     return _vgg("vgg16", _STAGES_16, num_classes, in_shape, widths, ())
+
+
+def vgg19(num_classes: int, in_shape: Sequence[int], widths: Sequence[int] = _WIDTHS) -> nn.Module:
+    """As `vgg11`, 16 convolutions."""
+    return _vgg("vgg19", _STAGES_19, num_classes, in_shape, widths, ())
 
 
 def ddrop_vgg11(

@@ -61,7 +61,7 @@ def _findings(section: Mapping[str, Any]) -> list[str]:
     networks, enough = len(cells[0]["accuracies"]), math.ceil(math.log2(len(cells) / _LEVEL) + 1e-9)
     if networks < enough:
         lines.append(
-            f"Nor could it be seen to pay: with {many(networks, 'network')} a cell no p-value comes below {_LEVEL:g} "
+            f"It could not be seen to pay: with {many(networks, 'network')} a cell no p-value comes below {_LEVEL:g} "
             f"over {many(len(cells), 'cell')}; {enough} or more would do."
         )
     best = max(cells, key=lambda cell: cell["gain"])
@@ -224,11 +224,12 @@ def _picture(section: Mapping[str, Any], name: str) -> Picture:
 
 
 def _note(section: Mapping[str, Any]) -> str:
-    cell = section["cells"][0]
+    tests = sorted({cell["test"] for cell in section["cells"] if not cell["test"].startswith("no test")})
     return (
         "Gain: mean accuracy over the noise seeds minus that of the network pruned without noise, with a 95 % interval "
-        f"over images (paired). p: {cell['test']}, of the networks' accuracies above the constant without noise; Holm: "
-        "corrected over the cells. Noise pays where Holm's p is below .05 and the interval lies above zero. Both hold "
-        "for this one network: another training may differ. Steps between the sparsities asked for are not corrected. "
-        f"Noise and pruning act on {section['weights']:,} weights in {many(len(section['layers']), 'layer')}."
+        f"over images (paired). p: {' or '.join(tests) or 'no test'}, of the networks' accuracies above the constant "
+        "without noise; Holm: corrected over the cells. Noise pays where that p is below .05 and the interval lies above "
+        "zero. Both hold for this one network: another training may differ. Steps between the sparsities asked for are "
+        f"not corrected. Noise and pruning act on {section['weights']:,} weights in "
+        f"{many(len(section['layers']), 'layer')}."
     )
