@@ -92,6 +92,13 @@ def test_masks_are_nested_and_held_through_training(tmp_path):
         before = kept
 
 
+def test_the_last_layer_loses_a_share_of_its_own(tmp_path):
+    _, result = _run(tmp_path, "{fraction: 0.5, fraction_last: 0.25, until: 0.5}", WEIGHTS)
+    *others, last = result["rows"][1]["layers"]
+    assert all(layer["kept"] == layer["total"] - layer["total"] // 2 for layer in others)
+    assert last["kept"] == last["total"] - last["total"] // 4
+
+
 # A learning rate of next to nothing shows where a training started.
 @pytest.mark.parametrize("restart", ["init", "reinitialize", "trained", "1ep"])
 def test_where_training_starts_again(tmp_path, restart):
@@ -223,6 +230,7 @@ def test_a_method_may_rank_by_its_own_criterion(tmp_path):
         ("{restart: 0.5run}", "is a fraction of the run"),
         ("{restart: sometimes}", 'duration "sometimes"'),
         ("{until: 0.2}", "give fraction too"),
+        ("{fraction_last: 0.1}", "give fraction too"),
         ("{score_at: init, fraction: 0.2}", "prunes before training"),
         ("{small: true}", "takes score_at init and restart reinitialize"),
         ("{fraction: 0.2, rescore: 5}", "take no fraction"),
@@ -242,6 +250,8 @@ def test_loops_that_make_no_sense_are_refused(tmp_path, loop, words):
         ("{fraction: 0.2}", "{granularity: weight, scope: column}", "rounds count over tensors"),
         ("{fraction: 0.2}", "{granularity: weight, allocation: erk}", "allocation uniform"),
         ("{fraction: 0.2}", "{granularity: weight, min_keep: 0}", "min_keep 1 or more"),
+        ("{fraction: 0.2, fraction_last: 0.1}", "{granularity: unit}", "fraction_last needs granularity weight"),
+        ("{fraction: 0.2, fraction_last: 0.1}", "{granularity: weight, scope: global}", "and scope tensor"),
         ("{}", '{granularity: "2:4", sparsities: [0.5]}', "granularity weight or unit"),
         ("{}", "{granularity: weight, criterion: learned}", "needs a regularizer that learns"),
     ],

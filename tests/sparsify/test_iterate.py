@@ -95,3 +95,19 @@ def test_what_is_gone_stays_gone_whatever_the_scores():
 def test_columns_are_refused():
     with pytest.raises(UsageError, match='use scope "tensor" or "global"'):
         share_after_round({"a": 2}, {"a": 4}, 0.5, "column")
+
+
+def test_a_fraction_for_each_tensor():
+    """Lottery tickets on 784-300-100-10: a fifth of each layer a round, of the output layer a tenth."""
+    total = {"a": 235_200, "b": 30_000, "out": 1_000}
+    left, seen = dict(total), []
+    for _ in range(3):
+        share = share_after_round(left, total, {"a": 0.2, "b": 0.2, "out": 0.1}, "tensor", round_up=True)
+        left = {name: round(size * (1 - share[name])) for name, size in total.items()}
+        seen.append(tuple(left.values()))
+    assert seen == [(188_160, 24_000, 900), (150_528, 19_200, 810), (120_422, 15_360, 729)]
+
+
+def test_a_fraction_each_does_not_go_with_one_ranking_of_all():
+    with pytest.raises(UsageError, match="one fraction for all tensors"):
+        share_after_round({"a": 4}, {"a": 4}, {"a": 0.5}, "global")

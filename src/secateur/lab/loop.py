@@ -23,6 +23,7 @@ from secateur.lab.stages import criterion_code, learned_scores, rewind_step, tra
 from secateur.lab.store import Stage
 from secateur.lab.ways import masks_in_rounds, unit_ranking, weight_ranking
 from secateur.sparsify.iterate import next_masks, next_units
+from secateur.sparsify.ranking import Ranking
 from secateur.surgery.cut import cut_
 from secateur.surgery.plan import make_plan
 
@@ -225,7 +226,9 @@ def _prune(arm: _Arm, state: _State, sparsity: float | None, number: int) -> dic
     else:
         weights = weight_ranking(context, model, seed, arm.way, state.learned)
         before = Masks(state.kept) if state.kept is not None else None
-        kept = dict(weights.masks(sparsity) if sparsity else next_masks(weights, before, _share(loop), loop.round_up))
+        kept = dict(
+            weights.masks(sparsity) if sparsity else next_masks(weights, before, _shares(loop, weights), loop.round_up)
+        )
     if loop.shuffle_masks:
         blocks = {g.name: g.blocks for g in _groups(arm)} if arm.way.granularity == "unit" else {}
         kept = {n: _shuffled(k, blocks.get(n, 1), keyed_generator(seed, "shuffled mask", n)) for n, k in kept.items()}
@@ -235,6 +238,14 @@ def _prune(arm: _Arm, state: _State, sparsity: float | None, number: int) -> dic
 def _share(loop: LoopSpec) -> float:
     assert loop.fraction is not None
     return loop.fraction
+
+
+def _shares(loop: LoopSpec, weights: Ranking) -> float | dict[str, float]:
+    """What a round removes of every tensor, if the last one's share differs."""
+    if loop.fraction_last is None:
+        return _share(loop)
+    names = list(weights.cells)
+    return {name: loop.fraction_last if name == names[-1] else _share(loop) for name in names}
 
 
 def _shuffled(kept: Tensor, blocks: int, generator: torch.Generator) -> Tensor:

@@ -48,6 +48,9 @@ class LoopSpec(Spec):
     score_at: Literal["trained", "init"] = Field("trained", description="which network is scored; init: untrained")
     restart: str = Field("init", description="init, reinitialize, trained, or a duration (1ep, 500it) to rewind to")
     fraction: float | None = Field(None, gt=0.0, lt=1.0, description="share of what remains that a round removes")
+    fraction_last: float | None = Field(
+        None, gt=0.0, lt=1.0, description="of the last layer pruned, instead (lottery tickets: half of fraction)"
+    )
     round_up: bool = Field(False, description="a round removes ceil (lottery tickets), not floor (DropNet)")
     until: float = Field(0.1, ge=0.0, lt=1.0, description="rounds end when this share or less is left")
     kappa: float | None = Field(None, gt=0.0, le=1.0, description="rounds end below this share of the first accuracy")
@@ -64,8 +67,8 @@ class LoopSpec(Spec):
             check_absolute(check_duration(self.restart))
             if self.train is not None:
                 raise ValueError("a loop that rewinds goes on in the first training: it takes no train of its own")
-        if not rounds and self._changed("until", "kappa", "round_up"):
-            raise ValueError("until, kappa and round_up belong to rounds: give fraction too")
+        if not rounds and self._changed("until", "kappa", "round_up", "fraction_last"):
+            raise ValueError("until, kappa, round_up and fraction_last belong to rounds: give fraction too")
         if rounds and (self.shuffle_masks or self.rescore > 1):
             raise ValueError("shuffle_masks and rescore go to a sparsity at once: they take no fraction")
         if self.score_at == "init" and (rounds or self.restart == "trained"):
@@ -86,6 +89,8 @@ class LoopSpec(Spec):
             raise ValueError(
                 "rounds count over tensors: scope tensor or global, allocation uniform, min_keep 1 or more"
             )
+        if self.fraction_last is not None and (way.granularity != "weight" or way.scope != "tensor"):
+            raise ValueError("loop.fraction_last needs granularity weight and scope tensor")
         if self.score_at == "init" and way.criterion.get("name") == "learned":
             raise ValueError("criterion learned knows a trained network: it takes no score_at init")
 

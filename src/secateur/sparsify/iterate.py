@@ -20,7 +20,7 @@ __all__ = ["next_masks", "next_units", "share_after_round"]
 def share_after_round(
     left: Mapping[str, int],
     total: Mapping[str, int],
-    fraction: float,
+    fraction: float | Mapping[str, float],
     scope: str,
     min_keep: int = 1,
     round_up: bool = False,
@@ -29,7 +29,7 @@ def share_after_round(
 
     Args:
         left, total: cells left, and cells at the start, of every tensor or group.
-        fraction: share of what remains that the round removes, in (0, 1).
+        fraction: share of what remains that the round removes, in (0, 1); or one for each tensor (scope `"tensor"`).
         scope: `"global"` counts all cells together, `"tensor"` those of each tensor.
         min_keep: no tensor goes below this.
         round_up: remove ceil(fraction n) (lottery tickets' code) instead of floor(fraction n) (DropNet's).
@@ -45,19 +45,28 @@ def share_after_round(
     if scope == "column":
         raise UsageError('rounds count over tensors or over all of them: use scope "tensor" or "global"')
 
-    def removed(cells: int, floor: int) -> int:
-        exact = fraction * cells
+    def removed(cells: int, floor: int, share: float) -> int:
+        exact = share * cells
         asked = math.ceil(exact - 1e-9) if round_up else math.floor(exact + 1e-9)
         return min(max(1, asked), max(0, cells - floor))
 
     if scope == "global":
+        if isinstance(fraction, Mapping):
+            raise UsageError('scope "global" takes one fraction for all tensors; a fraction each goes with "tensor"')
         cells, everything = sum(left.values()), sum(total.values())
-        return (everything - cells + removed(cells, min_keep * len(left))) / everything
-    return {n: (total[n] - left[n] + removed(left[n], min_keep)) / total[n] for n in left}
+        return (everything - cells + removed(cells, min_keep * len(left), fraction)) / everything
+    shares = fraction if isinstance(fraction, Mapping) else dict.fromkeys(left, fraction)
+    return {n: (total[n] - left[n] + removed(left[n], min_keep, shares[n])) / total[n] for n in left}
 
 
-def next_masks(ranking: Ranking, masks: Masks | None, fraction: float, round_up: bool = False) -> Masks:
-    """Masks after one more round, by the scores of `ranking`; what `masks` has removed stays removed."""
+def next_masks(
+    ranking: Ranking, masks: Masks | None, fraction: float | Mapping[str, float], round_up: bool = False
+) -> Masks:
+    """Masks after one more round, by the scores of `ranking`; what `masks` has removed stays removed.
+
+    Args:
+        fraction, round_up: as for `share_after_round`.
+    """
     if not isinstance(ranking.granularity, Weight):
         raise UsageError(f"rounds by weight need granularity weight, got {ranking.granularity}")
     cells = {n: c.abs() if ranking.absolute else c for n, c in ranking.cells.items()}

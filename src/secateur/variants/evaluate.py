@@ -145,10 +145,12 @@ def evaluation_basis(bench: Workbench, score: Score, recalibrate: Sequence[Any] 
 
 
 def data_mark(part: list[tuple[Any, Any, int]]) -> int:
-    """A number for what is in a part of the data."""
-    digest = hashlib.sha256()
+    """A number for what is in a part of the data, however it is split into batches."""
+    digests: dict[tuple[int, str], Any] = {}
     for inputs, labels, _ in part:
-        for tensor in tensors([inputs, labels]):
-            digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return int.from_bytes(digest.digest()[:7], "big")
+        for place, tensor in enumerate(tensors([inputs, labels])):
+            key = (place, repr((tensor.dtype, tuple(tensor.shape[1:]))))
+            bytes_ = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            digests.setdefault(key, hashlib.sha256()).update(bytes_)
+    whole = hashlib.sha256(repr([(key, digest.hexdigest()) for key, digest in digests.items()]).encode())
+    return int.from_bytes(whole.digest()[:7], "big")

@@ -77,7 +77,8 @@ def race_front(
         score: `(outputs, labels)` -> one value an example, higher is better, between 0 and 1 or near that.
         precision: what arms are left out by. In `"bfloat16"` (autocast) the last rung is float32 on everything, so
             that the front of the survivors, and the values, are those of float32; but an arm may have been left out
-            that only bfloat16 puts behind, which `error` does not count.
+            that only bfloat16 puts behind, which `error` does not count. Survivors are evaluated in both, so it pays
+            where the front is a small share of the arms.
         batch_size: examples passed through the network at a time.
         seed: of the order of the examples.
         options: `whole_losses`, `error`, `first`, `growth` and `replicas` of `pareto_race`.

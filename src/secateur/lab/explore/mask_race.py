@@ -109,7 +109,7 @@ def _race(
         [Arm((mask,)) for mask in candidates],
         session.judged,
         score=score,
-        batch_size=session.recipe.judge.batch_size,
+        batch_size=session.batch_size,
         error=spec.error,
         first=spec.first,
     )

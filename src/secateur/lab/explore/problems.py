@@ -163,7 +163,7 @@ class UnitProblem(Problem):
             "max_abs_diff": made.difference,
         }
         if "latency" in names:
-            example = self.session.context.example(min(self.session.recipe.judge.batch_size, 64))
+            example = self.session.context.example(64)
             models = {"dense": self.session.network, "cut": made.network}
             times = measure_latency(models, example, batch_size=len(example), rounds=_ROUNDS, min_time=0.002)
             ratio = latency_ratio(times["dense"], times["cut"])

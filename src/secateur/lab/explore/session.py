@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ Batch = tuple[Tensor, Tensor]
 
 # Training images that criteria are scored on and that show which BatchNorm follows which layer.
 _SCORED = 512
+# Numbers in a batch of images whose activations a processor's cache holds, and images at a time at most.
+_IN_CACHE, _LARGEST = 80_000, 500
 
 
 class Session:
@@ -174,6 +177,16 @@ class Session:
         return self._batches(*self._split[1])
 
     @property
+    def batch_size(self) -> int:
+        """Images at a time."""
+        if self.recipe.judge.batch_size is not None:
+            return self.recipe.judge.batch_size
+        if self.context.runtime.device.type != "cpu":
+            return _LARGEST
+        # Twice as fast for a ResNet on 32x32 images as batches of hundreds, whose activations fill main memory.
+        return max(1, min(_LARGEST, _IN_CACHE // math.prod(self.context.data.in_shape)))
+
+    @property
     def counts(self) -> tuple[int, int]:
         """Images judged by, and images held back for the report."""
         return len(self._split[0][1]), len(self._split[1][1])
@@ -195,9 +208,7 @@ class Session:
         return None if count is None else self.training_images(count)
 
     def _batches(self, images: Tensor, labels: Tensor) -> Iterator[Batch]:
-        for batch in evaluation_batches(
-            images, labels, self.recipe.judge.batch_size, normalize=self.context.data.normalize
-        ):
+        for batch in evaluation_batches(images, labels, self.batch_size, normalize=self.context.data.normalize):
             yield self.context.runtime.to_device(*batch)  # type: ignore[misc]
 
     @torch.no_grad()

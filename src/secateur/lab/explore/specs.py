@@ -68,7 +68,9 @@ class JudgeSpec(Spec):
     recalibrate: int | None = Field(
         None, ge=1, description="give every variant BatchNorm statistics of so many training images"
     )
-    batch_size: int = Field(100, ge=1, description="images at a time")
+    batch_size: int | None = Field(
+        None, ge=1, description="images at a time; default: about as many as fit a processor's cache, or 500 on a GPU"
+    )
 
 
 class SectionSpec(Spec):

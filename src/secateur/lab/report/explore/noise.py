@@ -228,7 +228,7 @@ def _note(section: Mapping[str, Any]) -> str:
     return (
         "Gain: mean accuracy over the noise seeds minus that of the network pruned without noise, with a 95 % interval "
         f"over images (paired). p: {' or '.join(tests) or 'no test'}, of the networks' accuracies above the constant "
-        "without noise; Holm: corrected over the cells. Noise pays where that p is below .05 and the interval lies above "
+        "without noise; Holm: corrected over the cells. Noise pays where it is below .05 and the interval lies above "
         "zero. Both hold for this one network: another training may differ. Steps between the sparsities asked for are "
         f"not corrected. Noise and pruning act on {section['weights']:,} weights in "
         f"{many(len(section['layers']), 'layer')}."
