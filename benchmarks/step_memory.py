@@ -39,11 +39,11 @@ LEVEL = {
 }
 
 
-def network() -> nn.Module:
+def network(width: int = WIDTH) -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(4):
-        layers += [nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()]
+        layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()]
     model = nn.Sequential(*layers)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
@@ -52,13 +52,19 @@ def network() -> nn.Module:
 
 
 def steps(name: str) -> Callable[[], None]:
-    model = network()
+    # Code that is loaded when it is first used is no copy of the weights.
+    training(name, 64)()
+    return training(name, WIDTH)
+
+
+def training(name: str, width: int) -> Callable[[], None]:
+    model = network(width)
     method = ours().get(name)
     attached = None
     if method is not None:
         attached = method.attach(model, find_targets(model, kind=method.acts_on), seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    x = torch.randn(8, WIDTH)
+    x = torch.randn(8, width)
 
     def run() -> None:
         for step in range(STEPS):

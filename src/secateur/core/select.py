@@ -216,10 +216,12 @@ def _kth_of(values: Array, k: int) -> tuple[float, int, int]:
 
 def _bracket(arrays: Sequence[Cells], k: int, total: int) -> tuple[float, float]:
     """Two sampled values that enclose the k-th smallest with overwhelming probability (six standard errors)."""
+    # What a sample of n leaves between its brackets is of order total / sqrt(n): both stay small for any total.
+    size = max(_SAMPLE, int(total ** (2 / 3)) // 2)
     generator = np.random.default_rng(0)
     picks = []
     for array in arrays:
-        wanted = max(1, round(_SAMPLE * array.size / total))
+        wanted = max(1, round(size * array.size / total))
         picks.append(array.take(generator.integers(0, array.size, wanted)) if array.size else array.flat)
     sample = np.sort(np.concatenate(picks))
     share = k / total

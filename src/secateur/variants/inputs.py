@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call", "moved", "tensors"]
+from secateur.criteria.gathering.batches import undisturbed
+
+__all__ = ["call", "fitting_batch", "moved", "tensors"]
+
+# Numbers of the largest activation that a processor's cache holds beside the weights, and examples at a time at most.
+_IN_CACHE, _LARGEST = 400_000, 500
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -32,3 +37,30 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: moved(item, device) for key, item in value.items()}
     return type(value)(moved(item, device) for item in value) if isinstance(value, list | tuple) else value
+
+
+@torch.no_grad()
+def fitting_batch(model: nn.Module, inputs: Any) -> int:
+    """How many examples to pass at a time: on a CPU as many as its cache holds, because main memory is slower.
+
+    A ResNet on 32x32 images is evaluated twice as fast in batches of 25 as in batches of 100.
+
+    Args:
+        inputs: one example, with a batch dimension of 1, on the model's device.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return _LARGEST
+    largest = 1
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal largest
+        largest = max([largest, *(t.numel() for t in tensors(output))])
+
+    handles = [m.register_forward_hook(look) for m in model.modules()]
+    try:
+        with undisturbed(model):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, min(_LARGEST, _IN_CACHE // largest))

@@ -14,6 +14,7 @@ from secateur.core.seeds import keyed_generator
 from secateur.criteria.gathering.batches import labelled, undisturbed
 from secateur.errors import UnknownNameError, UsageError
 from secateur.variants.evaluate import Score, right_or_wrong
+from secateur.variants.inputs import fitting_batch
 from secateur.variants.kinds import Variant
 from secateur.variants.pareto_race import FrontArm, FrontResult, pareto_race
 from secateur.variants.race import Arm, RaceResult, race
@@ -32,7 +33,7 @@ def race_variants(
     *,
     score: Score = right_or_wrong,
     precision: Precision = "float32",
-    batch_size: int = 250,
+    batch_size: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> RaceResult:
@@ -45,7 +46,7 @@ def race_variants(
         precision: what arms are left out by. In `"bfloat16"` (autocast) the last rung is float32 on everything, so
             that the winners among the survivors, and the values, are those of float32; but an arm may have been left
             out that only bfloat16 puts behind, which `error` does not count.
-        batch_size: examples passed through the network at a time.
+        batch_size: examples passed through the network at a time; default: as many as a processor's cache holds.
         seed: of the order of the examples.
         options: `top`, `error`, `first`, `growth` and `replicas` of `race`.
 
@@ -62,7 +63,7 @@ def race_front(
     *,
     score: Score = right_or_wrong,
     precision: Precision = "float32",
-    batch_size: int = 250,
+    batch_size: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> FrontResult:
@@ -79,7 +80,7 @@ def race_front(
             that the front of the survivors, and the values, are those of float32; but an arm may have been left out
             that only bfloat16 puts behind, which `error` does not count. Survivors are evaluated in both, so it pays
             where the front is a small share of the arms.
-        batch_size: examples passed through the network at a time.
+        batch_size: examples passed through the network at a time; default: as many as a processor's cache holds.
         seed: of the order of the examples.
         options: `whole_losses`, `error`, `first`, `growth` and `replicas` of `pareto_race`.
 
@@ -91,7 +92,7 @@ def race_front(
 
 @contextmanager
 def _values(
-    bench: Workbench, batches: Iterable[Any], score: Score, precision: Precision, batch_size: int, seed: int
+    bench: Workbench, batches: Iterable[Any], score: Score, precision: Precision, batch_size: int | None, seed: int
 ) -> Iterator[tuple[Values, Values, int]]:
     """Values in the precision asked for, values in float32, and how many examples there are, in random order."""
     if precision not in ("float32", "bfloat16"):
@@ -100,6 +101,7 @@ def _values(
     inputs, labels = _gathered(batches, device)
     order = torch.randperm(len(labels), generator=keyed_generator(seed, "race")).to(device)
     inputs, labels = inputs[order], labels[order]
+    size = fitting_batch(bench.network, inputs[:1]) if batch_size is None else batch_size
 
     def of(fast: bool) -> Callable[[Variant, int, int], np.ndarray]:
         def values(variant: Variant, start: int, stop: int) -> np.ndarray:
@@ -107,8 +109,8 @@ def _values(
             # An autocast around this one would keep the weights of an earlier variant.
             cast = torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
             with bench.variant(variant) as model, cast:
-                for first in range(start, stop, batch_size):
-                    part = slice(first, min(stop, first + batch_size))
+                for first in range(start, stop, size):
+                    part = slice(first, min(stop, first + size))
                     found.append(score(model(inputs[part]), labels[part]).float().cpu())
             return torch.cat(found).numpy()
 

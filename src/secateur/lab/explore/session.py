@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from secateur.lab.stages import run_train, train_stage, trained_model
 from secateur.lab.store import Stage
 from secateur.lab.weights import load_weights
 from secateur.variants.evaluate import right_or_wrong
+from secateur.variants.inputs import fitting_batch
 from secateur.variants.workbench import Workbench
 
 __all__ = ["Session"]
@@ -39,8 +39,6 @@ Batch = tuple[Tensor, Tensor]
 
 # Training images that criteria are scored on and that show which BatchNorm follows which layer.
 _SCORED = 512
-# Numbers in a batch of images whose activations a processor's cache holds, and images at a time at most.
-_IN_CACHE, _LARGEST = 80_000, 500
 
 
 class Session:
@@ -176,15 +174,12 @@ class Session:
         """Batches of test images by which nothing is chosen, for the report."""
         return self._batches(*self._split[1])
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
         """Images at a time."""
         if self.recipe.judge.batch_size is not None:
             return self.recipe.judge.batch_size
-        if self.context.runtime.device.type != "cpu":
-            return _LARGEST
-        # Twice as fast for a ResNet on 32x32 images as batches of hundreds, whose activations fill main memory.
-        return max(1, min(_LARGEST, _IN_CACHE // math.prod(self.context.data.in_shape)))
+        return fitting_batch(self.network, self.context.example(1))
 
     @property
     def counts(self) -> tuple[int, int]:
