@@ -64,6 +64,14 @@ def line(answer, code: int, words: str) -> None:  # type: ignore[no-untyped-def]
     assert answer.code == code
 
 
+def test_the_command_has_help_worth_reading(secateur):
+    shown = " ".join(secateur("search", "--help").out.replace("│", " ").split())
+    assert "Example: secateur search resnet20 --weights" in shown
+    assert "--json" in shown
+    assert "[default: train it]" in shown
+    assert "search" in secateur("--help").out
+
+
 def test_a_newcomer_gets_a_front_a_file_and_a_report(asked):
     answer, out = asked
     assert answer.code == 0, answer.err

@@ -39,6 +39,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = sorted([*DOCS.rglob("*.md"), CONTRIBUTING, ROOT / "CHANGELOG.md"])
 NEEDED = [
     "data",
+    "explore",
     "files",
     "getting-started",
     "mask-guided",

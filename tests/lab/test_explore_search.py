@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -338,7 +337,7 @@ def test_two_workers_share_the_trials_of_one_study(result, tmp_path, out):
     weights = tmp_path / "network.safetensors"
     (trained,) = [p for p in out.glob("stages/train-*/model.safetensors") if _is(p, result)]
     weights.write_bytes(trained.read_bytes())
-    section = {**WEIGHTS, "trials": 8, "storage": str(tmp_path / "shared.jsonl")}
+    section = {**WEIGHTS, "trials": 8, "sampler": "random", "storage": str(tmp_path / "shared.jsonl")}
     recipe = {k: v for k, v in BASE.items() if k != "train"} | {"weights": {"file": str(weights)}, "explore": [section]}
     path = tmp_path / "shared.yaml"
     path.write_text(json.dumps(recipe))
@@ -358,7 +357,7 @@ def test_two_workers_share_the_trials_of_one_study(result, tmp_path, out):
     trials = sections[0]["trials"]
     assert [t["trial"] for t in trials] == list(range(8))
     assert len({tuple(t["numbers"].values()) for t in trials}) == 8
-    assert sum(Counter(t["worker"] for t in trials).values()) == 8
+    assert len({t["worker"] for t in trials}) <= 2
     assert sections[0]["delivered"]["accuracy"] == sections[1]["delivered"]["accuracy"]
 
 

@@ -28,7 +28,7 @@ def _linear(matrix):
 
 def _multiplier(spec, layer, target, stream=None, progress=DONE):
     found = spec.multiplier(target, layer.weight.detach(), stream or NoiseStream(0), progress)
-    return torch.ones(target.shape) if found is None else found.expand(target.shape)
+    return torch.ones(target.shape) if found is None else found.expand(target.shape).float()
 
 
 def _layers_of_the_paper():

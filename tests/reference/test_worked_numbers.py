@@ -194,7 +194,8 @@ def _linear(matrix):
 
 def _multiplier(spec, layer, target, stream=None, progress=DONE):
     found = spec.multiplier(target, layer.weight.detach(), stream or NoiseStream(0), progress)
-    return torch.ones_like(layer.weight) if found is None else found.expand(layer.weight.shape)
+    kept, factor = found if isinstance(found, tuple) else (torch.ones(()) if found is None else found, 1.0)
+    return factor * kept.expand(layer.weight.shape).float()
 
 
 @pytest.mark.parametrize("gamma", D1_WEIGHTS)

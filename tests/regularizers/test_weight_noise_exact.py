@@ -31,7 +31,8 @@ class Recorded(WeightNoise):
         found = (self.inner or TargetedDropout(gamma=0.7, alpha=0.6)).multiplier(target, weight, stream, progress)
         if not self.draws or target.name in self.draws[-1]:
             self.draws.append({})
-        self.draws[-1][target.name] = torch.ones_like(weight) if found is None else found.expand_as(weight).clone()
+        numbers, factor = found if isinstance(found, tuple) else (torch.ones(()) if found is None else found, 1.0)
+        self.draws[-1][target.name] = numbers.to(weight.dtype).mul(factor).expand_as(weight).clone()
         return found
 
 

@@ -67,7 +67,9 @@ class WeightNoise(Regularizer):
     granularities: ClassVar[tuple[str, ...]] = ("weight", "unit")
 
     @abstractmethod
-    def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
+    def multiplier(
+        self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress
+    ) -> Tensor | tuple[Tensor, float] | None:
         """What to multiply `weight` by in this step.
 
         Args:
@@ -77,6 +79,8 @@ class WeightNoise(Regularizer):
             progress: where the run stands: `fraction` and `epoch_fraction` in [0, 1], `step`, `steps`, `epoch`.
 
         Returns: a tensor of finite numbers that broadcasts against `weight` (0 = dropped), or None for no change.
+            Where a number is either 0 or always the same, return bools (True = kept), alone or as `(bools, factor)`:
+            they are kept in a bit a weight until the step is over, numbers in a copy of the weights.
         """
 
     def attach(self, model: nn.Module, targets: Targets | None = None, *, seed: int = 0) -> Attachment:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,12 +11,14 @@ from torch import Tensor
 __all__ = ["all_but_lowest"]
 
 # Without their sign bit, floats compare as the integers that share their bits, and integers partition faster.
-_BITS = {
+_BITS: dict[torch.dtype, tuple[torch.dtype, np.signedinteger[Any]]] = {
     torch.float16: (torch.int16, np.int16(0x7FFF)),
     torch.bfloat16: (torch.int16, np.int16(0x7FFF)),
     torch.float32: (torch.int32, np.int32(0x7FFF_FFFF)),
     torch.float64: (torch.int64, np.int64(0x7FFF_FFFF_FFFF_FFFF)),
 }
+
+_PIECE = 1 << 16
 
 
 def all_but_lowest(values: Tensor, k: int) -> Tensor:
@@ -35,11 +39,22 @@ def all_but_lowest(values: Tensor, k: int) -> Tensor:
         order = torch.sort(values.abs(), dim=1, stable=True).indices[:, :k]
         return torch.ones_like(values, dtype=torch.bool).scatter_(1, order, False)
     integer, all_but_sign = _BITS[values.dtype]
-    magnitude = values.contiguous().view(integer).numpy() & all_but_sign
-    threshold = np.partition(magnitude, k - 1, axis=1)[:, k - 1 : k]
-    above = magnitude > threshold
-    if np.count_nonzero(above) != (magnitude.shape[1] - k) * len(magnitude):
-        _add_surplus_ties(magnitude, threshold, above, k)
+    bits = values.contiguous().view(integer).numpy()
+    above = np.empty(bits.shape, dtype=bool)
+    # So many rows at a time as fit into a cache with what is made of them.
+    rows = max(1, min(len(bits), _PIECE // bits.shape[1]))
+    magnitudes = np.empty((rows, bits.shape[1]), dtype=bits.dtype)
+    parted = np.empty_like(magnitudes)
+    for start in range(0, len(bits), rows):
+        here = above[start : start + rows]
+        magnitude, sorted_ = magnitudes[: len(here)], parted[: len(here)]
+        np.bitwise_and(bits[start : start + rows], all_but_sign, out=magnitude)
+        sorted_[...] = magnitude
+        sorted_.partition(k - 1, axis=1)
+        threshold = sorted_[:, k - 1 : k]
+        np.greater(magnitude, threshold, out=here)
+        if np.count_nonzero(here) != (magnitude.shape[1] - k) * len(here):
+            _add_surplus_ties(magnitude, threshold, here, k)
     return torch.from_numpy(above)
 
 

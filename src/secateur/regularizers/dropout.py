@@ -58,14 +58,14 @@ class Dropout(WeightNoise):
             )
         return cls(drop_rate=targeted.gamma * targeted.alpha, granularity=targeted.granularity)
 
-    def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
+    def multiplier(
+        self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress
+    ) -> tuple[Tensor, float] | None:
         if not self.drop_rate:
             return None
-        from secateur.regularizers.stream import as_numbers
-
         scale = 1.0 / (1.0 - self.drop_rate)
         if self.granularity == "weight":
             keep = stream.bernoulli((target.units, target.fan_in), 1.0 - self.drop_rate)
-            return target.unrows(as_numbers(keep, weight.dtype).mul_(scale))
+            return target.unrows(keep), scale
         keep = stream.bernoulli((target.units,), 1.0 - self.drop_rate)
-        return target.spread(as_numbers(keep, weight.dtype).mul_(scale))
+        return target.spread(keep), scale

@@ -74,7 +74,6 @@ class TargetedDropout(WeightNoise):
 
     def multiplier(self, target: Target, weight: Tensor, stream: NoiseStream, progress: Progress) -> Tensor | None:
         from secateur.regularizers.candidates import all_but_lowest
-        from secateur.regularizers.stream import as_numbers
 
         by_gamma, by_alpha = targeted_dropout_ramp(progress.fraction) if self.ramp else (1.0, 1.0)
         gamma, alpha = self.gamma * by_gamma, self.alpha * by_alpha
@@ -86,7 +85,7 @@ class TargetedDropout(WeightNoise):
             if not candidates or not alpha:
                 return None
             kept = all_but_lowest(rows, candidates).logical_or_(stream.bernoulli(tuple(rows.shape), 1.0 - alpha))
-            return target.unrows(as_numbers(kept, weight.dtype))
+            return target.unrows(kept)
         per_block = target.units // target.blocks
         candidates = math.floor(gamma * per_block + 1e-9)
         if not candidates or not alpha:
@@ -95,6 +94,6 @@ class TargetedDropout(WeightNoise):
         safe = all_but_lowest(norms, candidates)
         if self.draw == "weight":
             kept = stream.bernoulli(tuple(rows.shape), 1.0 - alpha).logical_or_(safe.reshape(-1, 1))
-            return target.unrows(as_numbers(kept, weight.dtype))
+            return target.unrows(kept)
         kept = safe.logical_or_(stream.bernoulli(tuple(norms.shape), 1.0 - alpha))
-        return target.spread(as_numbers(kept, weight.dtype).reshape(-1))
+        return target.spread(kept.reshape(-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,30 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from secateur.core.targets import Target, Targets
+from secateur.core.targets import Targets
 from secateur.errors import UsageError
 from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import WeightNoise
+from secateur.regularizers.noisy_weight import NoisyWeight
 
 __all__ = ["WeightSwap"]
 
 # Every swap that is attached.
 _LIVE: weakref.WeakSet[WeightSwap] = weakref.WeakSet()
-
-
-class _Slot:
-    """A target's parameter, its plain weight, and the noisy one that stands in for it during a draw."""
-
-    __slots__ = ("checked", "had_hooks", "hooked", "multiplier", "noisy", "parameter", "plain", "target", "version")
-
-    def __init__(self, target: Target, parameter: nn.Parameter) -> None:
-        self.target, self.parameter = target, parameter
-        self.had_hooks = parameter._backward_hooks is not None
-        self.checked = self.hooked = False
-        self.multiplier: Tensor | None = None
-        self.plain: Tensor | None = None
-        self.noisy: Tensor | None = None
-        self.version = 0
 
 
 def _broadcasts(shape: torch.Size, onto: torch.Size) -> bool:
@@ -56,10 +43,10 @@ class WeightSwap(Attachment):
     def __init__(self, spec: WeightNoise, model: nn.Module, targets: Targets | None, seed: int) -> None:
         super().__init__(spec, model, targets, seed)
         self._noise = spec
-        self._slots = [_Slot(t, self.parameters[t.name]) for t in self.targets]
+        self._slots = [NoisyWeight(t, self.parameters[t.name]) for t in self.targets]
         self._ids = {id(p) for p in self.parameters.values()}
         # The slots of the present draw.
-        self._swapped: list[_Slot] = []
+        self._swapped: list[NoisyWeight] = []
         self._lost: list[str] = []
         self._used = self._paused = False
         self._refuse_shared()
@@ -72,9 +59,10 @@ class WeightSwap(Attachment):
 
     def _hook_gradients(self) -> None:
         for slot in self._slots:
-            if not slot.hooked and slot.parameter.requires_grad:
-                slot.hooked = True
-                self._handles.append(slot.parameter.register_hook(self._gradient_hook(slot)))
+            self._handles += slot.hook(self._note_used)
+
+    def _note_used(self) -> None:
+        self._used = True
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Another network's optimizer may step between our forward and backward pass.
@@ -106,13 +94,6 @@ class WeightSwap(Attachment):
                 )
         _LIVE.add(self)
 
-    def _gradient_hook(self, slot: _Slot) -> Any:
-        def multiply(gradient: Tensor) -> Tensor:
-            self._used = True
-            return gradient if slot.multiplier is None else gradient * slot.multiplier
-
-        return multiply
-
     @torch.no_grad()
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.resume()
@@ -122,27 +103,19 @@ class WeightSwap(Attachment):
         self._used = False
         self._hook_gradients()
         for slot in self._slots:
-            parameter = slot.parameter
-            weight = parameter.detach()
-            multiplier = self._noise.multiplier(slot.target, weight, self.stream, self.progress)
-            if multiplier is None:
+            made = self._noise.multiplier(slot.target, slot.parameter.detach(), self.stream, self.progress)
+            if made is None:
                 continue
+            multiplier, factor = made if isinstance(made, tuple) and len(made) == 2 else (made, 1.0)
             if not slot.checked:
-                self._check(slot, multiplier)
-            if multiplier.is_floating_point():
-                # Gradients keep their type.
-                multiplier = multiplier.to(weight.dtype)
-            if slot.noisy is None or slot.noisy.shape != weight.shape:
-                slot.noisy = torch.empty_like(weight)
-            slot.plain, slot.multiplier = weight, multiplier
-            parameter.data = torch.mul(weight, multiplier, out=slot.noisy)
-            slot.version = parameter._version
+                self._check(slot, multiplier, factor)
+            slot.swap(multiplier, factor)
             self._swapped.append(slot)
         # Autocast would otherwise go on using the cast of an earlier draw.
         torch.clear_autocast_cache()
 
-    def _check(self, slot: _Slot, multiplier: Any) -> None:
-        """Whether it can be multiplied with; for a target's first draw only, because looking takes time."""
+    def _check(self, slot: NoisyWeight, multiplier: Any, factor: Any) -> None:
+        """Whether they can be multiplied with; for a target's first draw only, because looking takes time."""
         what = f'{type(self._noise).__name__}.multiplier for "{slot.target.name}"'
         if not isinstance(multiplier, Tensor):
             raise UsageError(f"{what} returned a {type(multiplier).__name__}, expected a tensor, or None for no change")
@@ -151,7 +124,12 @@ class WeightSwap(Attachment):
                 f"{what} returned shape {list(multiplier.shape)}, expected one that broadcasts against the weight's, "
                 f"{list(slot.parameter.shape)}: target.unrows for a number per weight, target.spread for one per unit"
             )
-        if not bool(multiplier.isfinite().all()):
+        if factor != 1.0 and (multiplier.dtype is not torch.bool or not isinstance(factor, int | float)):
+            raise UsageError(
+                f"{what} returned {multiplier.dtype} and a {type(factor).__name__}, expected bools (True: kept) and "
+                "the number that what is kept is multiplied by, or one tensor"
+            )
+        if not math.isfinite(factor) or not bool(multiplier.isfinite().all()):
             raise UsageError(f"{what} returned numbers that are not finite; expected 0 for what is dropped")
         slot.checked = True
 
@@ -170,7 +148,7 @@ class WeightSwap(Attachment):
             return []
         self.pause()
         for slot in self._swapped:
-            slot.plain = slot.multiplier = None
+            slot.forget()
         self._swapped.clear()
         self._paused = False
         lost, self._lost = self._lost, []
@@ -180,9 +158,8 @@ class WeightSwap(Attachment):
         if not self._swapped or self._paused:
             return
         for slot in self._swapped:
-            if slot.parameter._version != slot.version:
+            if not slot.show_plain():
                 self._lost.append(slot.target.name)
-            slot.parameter.data = slot.plain  # type: ignore[assignment]
         self._paused = True
         torch.clear_autocast_cache()
 
@@ -190,8 +167,7 @@ class WeightSwap(Attachment):
         if not self._paused:
             return
         for slot in self._swapped:
-            slot.parameter.data = slot.noisy  # type: ignore[assignment]
-            slot.version = slot.parameter._version
+            slot.show_noisy()
         self._paused = False
         torch.clear_autocast_cache()
 
@@ -201,6 +177,4 @@ class WeightSwap(Attachment):
         _LIVE.discard(self)
         super().remove()
         for slot in self._slots:
-            slot.noisy = None
-            if not slot.had_hooks and not slot.parameter._backward_hooks:
-                slot.parameter._backward_hooks = None
+            slot.release()
