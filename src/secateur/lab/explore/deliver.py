@@ -38,11 +38,8 @@ def run(session: Session, spec: DeliverSpec, folder: Path) -> dict[str, Any]:
 def deliver(session: Session, problem: Problem, numbers: Mapping[str, float], folder: Path) -> dict[str, Any]:
     """The file, and the network in it beside the dense one."""
     made, dense, context = problem.make(numbers), session.network, session.context
-    sparse = made.plan is None
     extra = {"data": context.data.name, "recipe": session.recipe.name, "recipe_hash": session.recipe.hash}
-    file, reloaded = save_and_reload(
-        context, made.network, [made.plan] if made.plan else [], folder, extra=extra, sparse=sparse
-    )
+    file, reloaded = save_and_reload(context, made.network, made.plans, folder, extra=extra, sparse=made.sparse)
     # Of the network that was read back from the file, not of the one it was made from.
     pairs = {"dense": _right(session, dense), "delivered": _right(session, reloaded)}
     found = paired_examples(pairs["delivered"], pairs["dense"])
@@ -54,7 +51,7 @@ def deliver(session: Session, problem: Problem, numbers: Mapping[str, float], fo
     ratio = latency_ratio(times["dense"], times["delivered"])
     return {
         "what": made.what,
-        "cut": not sparse,
+        "cut": not made.sparse,
         "max_abs_diff": made.difference,
         "file": file,
         "held": int(pairs["dense"].size),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from secateur.analysis.cost import safetensors_bytes
 from secateur.analysis.latency import latency_ratio, measure_latency
 from secateur.errors import UsageError
 from secateur.lab.explore.session import Session
@@ -27,7 +26,7 @@ from secateur.variants.evaluate import evaluate_variants
 from secateur.variants.kinds import NoisyPrune
 from secateur.variants.renew import renew_statistics_, renewed_statistics
 
-__all__ = ["DIRECTIONS", "Made", "Problem", "make_problem"]
+__all__ = ["DIRECTIONS", "Made", "Problem", "make_problem", "stored_bytes"]
 
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
     "accuracy": "maximize",
@@ -45,13 +44,15 @@ class Made:
 
     Args:
         network: in eval mode, on the run's device.
-        plan: what was cut; None where only weights are zero.
+        plans: what was cut; empty where nothing was.
+        sparse: whether it differs by zeros among its weights, and is worth storing sparse.
         difference: max |masked - cut| on test images; None where nothing was cut, or nothing could be proved.
         what: which network it is, in words.
     """
 
     network: nn.Module
-    plan: Plan | None
+    plans: tuple[Plan, ...]
+    sparse: bool
     difference: float | None
     what: str
 
@@ -73,6 +74,13 @@ class Problem(ABC):
     @abstractmethod
     def make(self, numbers: Mapping[str, float]) -> Made:
         """The network itself."""
+
+    def latencies(self, models: Sequence[nn.Module]) -> list[float]:
+        """Time of each, as a share of the dense network's; all are measured in turn, so that a busy machine is fair."""
+        example = self.session.context.example(64)
+        named = {"dense": self.session.network, **{str(number): model for number, model in enumerate(models)}}
+        times = measure_latency(named, example, batch_size=len(example), rounds=_ROUNDS, min_time=0.002)
+        return [1.0 / latency_ratio(times["dense"], times[str(number)]).median for number in range(len(models))]
 
     def share(self, model: nn.Module) -> float:
         """Accuracy on the images judged by."""
@@ -128,7 +136,7 @@ class WeightProblem(Problem):
             network = copy.deepcopy(model)
         of = f", the best of {len(variants)} by the images judged by" if len(variants) > 1 else ""
         what = f"noise of sigma {best.sigma:.4g} (seed {best.seed}), then {best.sparsity:.1%} of weights removed"
-        return Made(network.eval(), None, None, f"{what} by {self._criterion}{of}")
+        return Made(network.eval(), (), True, None, f"{what} by {self._criterion}{of}")
 
 
 class UnitProblem(Problem):
@@ -159,28 +167,23 @@ class UnitProblem(Problem):
         values: dict[str, Any] = {
             "accuracy": self.share(made.network),
             "sparsity": sum(int((~k).sum()) for k in kept.values()) / units,
-            "bytes": safetensors_bytes(made.network),
+            "bytes": stored_bytes(made.network),
             "max_abs_diff": made.difference,
         }
         if "latency" in names:
-            example = self.session.context.example(64)
-            models = {"dense": self.session.network, "cut": made.network}
-            times = measure_latency(models, example, batch_size=len(example), rounds=_ROUNDS, min_time=0.002)
-            ratio = latency_ratio(times["dense"], times["cut"])
-            # The share of the dense network's time, both measured in turn: less depends on what else the machine does.
-            values["latency"] = 1.0 / ratio.median
-            values["latency_ms"] = times["cut"].median_ms
+            (values["latency"],) = self.latencies([made.network])
         return values
 
     def make(self, numbers: Mapping[str, float]) -> Made:
         kept = self._kept(numbers)
         groups = self._ranking.groups
         smaller, difference = cut_copy(self.session.context, self.session.network, groups, kept)
-        plan = make_plan(self.session.network, groups, kept)
+        removed = sum(int((~k).sum()) for k in kept.values())
+        plans = (make_plan(self.session.network, groups, kept),) if removed else ()
         if self.session.renewing is not None:
             renew_statistics_(smaller, self.session.renewing)
-        removed = sum(int((~k).sum()) for k in kept.values())
-        return Made(smaller.eval(), plan, difference, f"{removed} of {sum(k.numel() for k in kept.values())} units cut")
+        what = f"{removed} of {sum(k.numel() for k in kept.values())} units cut"
+        return Made(smaller.eval(), plans, False, difference, what)
 
 
 def make_problem(session: Session, spec: PointSpec) -> Problem:
@@ -203,3 +206,8 @@ def _packed_bytes(model: nn.Module) -> int:
         bits, kept = pack(parameter.cpu())
         total += min(bits.nbytes + kept.nbytes, parameter.nbytes)
     return total + sum(buffer.nbytes for buffer in model.buffers())
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of its tensors as they are stored dense."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -79,9 +79,12 @@ def _front(section: Mapping[str, Any]) -> Table:
     for point in section["front"]:
         values = [_value(name, point["values"][name]) for name in others]
         numbers = [f"{point['numbers'][name]:.4g}" for name in names]
+        if "latency_again" in point:
+            values.append(percent(point["latency_again"]))
         accuracy, held = percent(point["values"]["accuracy"]), percent(point["held_accuracy"])
         rows.append((f"trial {point['trial']}", *numbers, *values, accuracy, held, point["recipe"]))
-    head = ("Point", *names, *others, "Accuracy, judged by", "Held back", "Recipe")
+    again = ["latency, timed again"] if any("latency_again" in point for point in section["front"]) else []
+    head = ("Point", *names, *others, *again, "Accuracy, judged by", "Held back", "Recipe")
     return Table("The front", head, tuple(rows))
 
 
