@@ -97,6 +97,66 @@ ABOUT = {
     "`cifar10-ddrop-reduced` says how small.",
     METHODS: "Digits, `digits_cnn`, five paired seeds, `top1` in percent with its interval; recipe `digits-methods`.",
 }
+_PUBLISHED_NOISE = [
+    *(("CIFAR-10", net, "grid") for net in ("ResNet-18", "ResNet-50", "VGG-19")),
+    *(("CIFAR-100", net, "grid") for net in ("ResNet-18", "ResNet-50", "VGG-19")),
+    *(("CIFAR-10", net, "NSGA-II") for net in ("ResNet-18", "ResNet-50", "VGG-19")),
+]
+# card -> heading -> (what it is, file, rows of its tables or titles of its sections)
+VARIANTS: dict[str, dict[str, list[tuple[str, str, list[str]]]]] = {
+    "stochastic_pruning": {
+        "Cost (measured)": [
+            (
+                "One copy of the weights for any number of networks; ratios as `benchmarks` prints them.",
+                BENCH,
+                [
+                    "preparation, speed-up: deep copy and global_unstructured",
+                    "preparation, speed-up: in place",
+                    "extra memory, 8 variants",
+                    "extra memory, 512 variants",
+                    "papers' way, speed-up",
+                    "speed-up: bfloat16, channels last",
+                    "speed-up: float32, channels last",
+                    "recall: bfloat16, channels last",
+                    "recall: float32, channels last",
+                ],
+            )
+        ],
+        "Evidence": [
+            (
+                "ResNet-20 on CIFAR-10, weights trained by others; judged by some test images, confirmed on the others;\n"
+                "recipe `cifar10-resnet20-noise`: magnitude, LAMP, masks exchanged.",
+                "evidence/cifar10-resnet20-noise/findings.md",
+                ["magnitude", "LAMP", "masks exchanged"],
+            ),
+            (
+                "The same network searched with both pairs of objectives; recipe `cifar10-resnet20-search`.",
+                "evidence/cifar10-resnet20-search/findings.md",
+                ["accuracy and gain of noise", "accuracy and sparsity"],
+            ),
+            (
+                "Published, for larger networks trained with the paper's recipe:",
+                PAPERS,
+                [f"{data}, {net}, {how}" for data, net, how in _PUBLISHED_NOISE],
+            ),
+        ],
+    },
+    "mask_guided": {
+        "Cost (measured)": [],
+        "Evidence": [
+            (
+                "Digits, a small network of the thesis's kind trained under ten masks; recipe `digits-masks`.",
+                "evidence/digits-masks/findings.md",
+                ["Cut along masks"],
+            ),
+            (
+                "Published, for Imagenette at its full size:",
+                PAPERS,
+                ["fresh masks, dropout mask", "fresh masks, L2 norm"],
+            ),
+        ],
+    },
+}
 
 
 def quote(file: str, wanted: list[str]) -> str:
@@ -115,6 +175,21 @@ def quote(file: str, wanted: list[str]) -> str:
             blocks.append("\n".join([*table[:2], *rows]))
         table = []
     return f"<!-- from: {file} -->\n" + "\n\n".join(blocks) + "\n<!-- end from -->\n"
+
+
+def findings(file: str, titles: list[str]) -> str:
+    """What those sections of an exploration say, each with its first table, between the markers that the tests read."""
+    kept = []
+    for part in (ROOT / file).read_text().split("\n## ")[1:]:
+        title, _, body = part.partition("\n")
+        if title not in titles:
+            continue
+        lines = body.splitlines()
+        said = [line for line in lines if line.startswith("- ")]
+        start = next((n for n, line in enumerate(lines) if line.startswith("|")), len(lines))
+        stop = next((n for n in range(start, len(lines)) if not lines[n].startswith("|")), len(lines))
+        kept.append("\n".join([*said, "", *lines[start:stop]]) if start < stop else "\n".join(said))
+    return f"<!-- from: {file} -->\n" + "\n\n".join(kept) + "\n<!-- end from -->\n"
 
 
 def section(text: str, heading: str, body: str) -> str:
@@ -143,6 +218,18 @@ def main() -> None:
         text = section(path.read_text(), "Cost (measured)", cost)
         text = section(text, "Evidence", evidence)
         path.write_text(text)
+    for path in sorted((ROOT / "docs" / "variants").glob("*.md")):
+        text = path.read_text()
+        for heading, parts in VARIANTS[path.stem].items():
+            if parts:
+                text = section(
+                    text, heading, "\n".join(f"{about}\n\n{_quoted(file, rows)}" for about, file, rows in parts)
+                )
+        path.write_text(text)
+
+
+def _quoted(file: str, rows: list[str]) -> str:
+    return findings(file, rows) if file.endswith("findings.md") else quote(file, rows)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def test_the_demo_output_is_that_of_the_kept_run():
     assert shown[1].splitlines() == summary_lines(kept)
 
 
-@pytest.mark.parametrize("command", re.findall(r"^secateur (.*?)(?:\s+#.*)?$", README.replace("\\\n", " "), re.MULTILINE))
+@pytest.mark.parametrize(
+    "command", re.findall(r"^secateur (.*?)(?:\s+#.*)?$", README.replace("\\\n", " "), re.MULTILINE)
+)
 def test_every_command_line_is_understood(command):
     name, *arguments = shlex.split(command)
     flags = [a.split("=")[0] for a in arguments if a.startswith("--")]
