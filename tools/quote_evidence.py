@@ -124,8 +124,8 @@ VARIANTS: dict[str, dict[str, list[tuple[str, str, list[str]]]]] = {
         ],
         "Evidence": [
             (
-                "ResNet-20 on CIFAR-10, weights trained by others; judged by some test images, confirmed on the others;\n"
-                "recipe `cifar10-resnet20-noise`: magnitude, LAMP, masks exchanged.",
+                "ResNet-20 on CIFAR-10, weights trained by others; judged by some test images and confirmed on\n"
+                "the others; recipe `cifar10-resnet20-noise`: magnitude, LAMP, masks exchanged.",
                 "evidence/cifar10-resnet20-noise/findings.md",
                 ["magnitude", "LAMP", "masks exchanged"],
             ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from secateur.regularizers.stream import as_numbers
 
 __all__ = ["PackedMask", "pack", "unpack"]
 
-# Numbers multiplied at a time on the CPU, where torch makes floats of the mask first.
+# Numbers multiplied at a time on the CPU.
 _PIECE = 1 << 17
 
 
@@ -66,11 +68,22 @@ class PackedMask:
 
     def multiply_(self, tensor: Tensor) -> None:
         """Multiply `tensor` in place, to the bit as by `dense`."""
-        row = self._shape[1:].numel()
+        if tensor.device.type == "cpu":
+            self._multiply_in_pieces(tensor)
+            return
+        tensor.mul_(unpack(self._bits, tensor.numel()).view(self._shape))
+        if self._factor != 1.0:
+            tensor.mul_(self._factor)
+
+    def _multiply_in_pieces(self, tensor: Tensor) -> None:
+        # numpy multiplies by bytes without a float copy of them, but knows no bfloat16.
+        numbers: Any = tensor if tensor.dtype is torch.bfloat16 else tensor.numpy()
+        bits, row = self._bits.numpy(), self._shape[1:].numel()
         # Eight rows begin at a whole byte, whatever their length.
-        rows = max(1, _PIECE // (8 * max(1, row))) * 8 if tensor.device.type == "cpu" else max(1, len(tensor))
-        for start in range(0, len(tensor), rows):
-            piece = tensor[start : start + rows]
-            piece.mul_(unpack(self._bits[start * row // 8 :], piece.numel()).view(piece.shape))
+        rows = max(1, _PIECE // (8 * max(1, row))) * 8
+        for start in range(0, len(numbers), rows):
+            piece = numbers[start : start + rows]
+            kept: Any = np.unpackbits(bits[start * row // 8 :], count=len(piece) * row).reshape(piece.shape)
+            piece *= kept if numbers is not tensor else torch.from_numpy(kept)
             if self._factor != 1.0:
-                piece.mul_(self._factor)
+                piece *= self._factor
