@@ -4,7 +4,11 @@
 
 The peak of resident memory over a few steps (SGD with momentum), each case in a fresh process, minus that of plain
 steps; a network of 17 M weights and a batch of 8, so that weights are what counts. What is drawn for a step, the
-multiplied copy of the weights, masks, learned parameters with their gradient and momentum are all in it.
+multiplied copy of the weights, masks, learned parameters with their gradient and momentum are all in it; code that is
+loaded at its first use is not.
+
+Unit-level dropout and Targeted Dropout hold the multiplied weights until the backward pass, at any batch. In a network
+of convolutions those are few beside its activations; here they are all there is.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ def network(width: int = WIDTH) -> nn.Module:
 
 
 def steps(name: str) -> Callable[[], None]:
-    # Code that is loaded when it is first used is no copy of the weights.
+    # So that all code is loaded.
     training(name, 64)()
     return training(name, WIDTH)
 

@@ -99,8 +99,8 @@ def noise_of(attachment: Any) -> dict[str, Tensor]:
     for kind in ("_masks", "_logistic", "_seeds", "_passing"):
         found |= {f"{kind} {name}": value.clone() for name, value in getattr(attachment, kind, {}).items()}
     for slot in getattr(attachment, "_slots", ()):
-        if slot.multiplier is not None:
-            found[f"multiplier {slot.target.name}"] = slot.multiplier.clone()
+        if (multiplier := slot.multiplier) is not None:
+            found[f"multiplier {slot.target.name}"] = multiplier
     return found
 
 

@@ -25,6 +25,32 @@ def _is_alone(tensor: Tensor) -> bool:
         return False
 
 
+class _Backward:
+    """The backward pass that runs now."""
+
+    def __init__(self) -> None:
+        self._answer = (-1, False)
+
+    def accumulates(self, parameter: nn.Parameter) -> bool:
+        """Whether gradients go into `.grad`, and are not those that `torch.autograd.grad` returns; in doubt not."""
+        try:
+            task = torch._C._current_graph_task_id()
+            if task == self._answer[0]:
+                # Asking takes as long as multiplying a small layer; in one pass the answer is the same for all.
+                return self._answer[1]
+            # What torch's own register_multi_grad_hook asks; within torch.autograd.grad it is refused.
+            answer = bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+        except AttributeError:
+            return False
+        except RuntimeError:
+            answer = False
+        self._answer = (task, answer)
+        return answer
+
+
+_BACKWARD = _Backward()
+
+
 class NoisyWeight:
     """A target's parameter, its plain weight, and the noisy one that stands in for it during a draw."""
 
@@ -66,11 +92,7 @@ class NoisyWeight:
             return False
         if next(reversed(parameter._backward_hooks)) != self._hook.id or len(parameter._post_accumulate_grad_hooks) > 1:
             return False
-        try:
-            # What torch's own register_multi_grad_hook asks; torch.autograd.grad refuses the question.
-            return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
-        except (AttributeError, RuntimeError):
-            return False
+        return _BACKWARD.accumulates(parameter)
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
@@ -116,6 +138,14 @@ class NoisyWeight:
             torch.mul(weight, self._multiplier, out=noisy)
         self._plain = weight
         self.show_noisy()
+
+    @property
+    def multiplier(self) -> Tensor | None:
+        """What the weight is multiplied by in this draw, as numbers; a copy."""
+        found = self._multiplier
+        if isinstance(found, PackedMask):
+            return found.dense(self.parameter.dtype)
+        return None if found is None else found.clone()
 
     def show_plain(self) -> bool:
         """Put the plain weight in its place; whether the noisy one is as it was put there."""

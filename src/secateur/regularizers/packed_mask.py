@@ -13,7 +13,7 @@ from secateur.regularizers.stream import as_numbers
 __all__ = ["PackedMask", "pack", "unpack"]
 
 # Numbers multiplied at a time on the CPU.
-_PIECE = 1 << 17
+_PIECE = 1 << 18
 
 
 def pack(kept: Tensor) -> Tensor:
@@ -81,9 +81,10 @@ class PackedMask:
         bits, row = self._bits.numpy(), self._shape[1:].numel()
         # Eight rows begin at a whole byte, whatever their length.
         rows = max(1, _PIECE // (8 * max(1, row))) * 8
-        for start in range(0, len(numbers), rows):
-            piece = numbers[start : start + rows]
-            kept: Any = np.unpackbits(bits[start * row // 8 :], count=len(piece) * row).reshape(piece.shape)
-            piece *= kept if numbers is not tensor else torch.from_numpy(kept)
-            if self._factor != 1.0:
-                piece *= self._factor
+        with np.errstate(all="ignore"):
+            for start in range(0, len(numbers), rows):
+                piece = numbers[start : start + rows]
+                kept: Any = np.unpackbits(bits[start * row // 8 :], count=len(piece) * row).reshape(piece.shape)
+                piece *= kept if numbers is not tensor else torch.from_numpy(kept)
+                if self._factor != 1.0:
+                    piece *= self._factor

@@ -40,9 +40,9 @@ class TargetedDropout(WeightNoise):
     and a dropped unit is dropped as a whole (the published code draws per weight inside the unit: `draw="weight"`).
     No rescaling, as in the paper.
 
-    Randomness: the attachment's own stream. Cost: at most two extra copies of the target weights for
-    `"weight"` (draw or granularity), one for `"unit"`; the ranking and the mask take time once a step, whatever
-    the batch.
+    Randomness: the attachment's own stream. Cost: one extra copy of the target weights and, for `"weight"` (draw or
+        granularity), a bit a weight; where gradients accumulate, the gradient of one layer on top. The ranking and
+        the mask take time once a step, whatever the batch.
 
     Reference: Gomez et al. 2019, "Learning Sparse Networks Using Targeted Dropout", equations 3-4; section 5.4
         (ramp, Xtreme).

@@ -38,6 +38,8 @@ class WeightSwap(Attachment):
     pass or `state_dict()`. Forward passes that share one backward pass share one draw; after a backward pass
     (gradient accumulation) the next forward pass draws anew. An evaluation pass with gradients enabled ends the
     draw for good: run the backward pass of the training forward pass before it.
+
+    Memory: the multiplied weights, kept from step to step, and what they were multiplied by during a draw.
     """
 
     def __init__(self, spec: WeightNoise, model: nn.Module, targets: Targets | None, seed: int) -> None:
