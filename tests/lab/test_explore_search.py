@@ -446,3 +446,19 @@ def test_units_that_lose_nothing_are_the_dense_network(result, options):
     assert delivered["accuracy"]["delivered"] == delivered["accuracy"]["dense"]
     assert delivered["costs"]["delivered"]["params"] == delivered["costs"]["dense"]["params"]
     assert delivered["what"].startswith("0 of ")
+
+
+def test_groups_that_cannot_be_cut_alone_are_left_out(tmp_path):
+    """Padded shortcuts have the widths of the stages written into their code."""
+    recipe = _recipe(
+        {**UNITS, "objectives": ["accuracy", "bytes"]}, model={"name": "resnet20"}, train={"duration": "1it"}
+    )
+    session = Session(recipe, Options(out=tmp_path, device="cpu"))
+    session.train()
+    problem = make_problem(session, recipe.explore[0])
+    names = problem.space(recipe.explore[0]).names
+    assert names
+    assert all(name.endswith("conv1.weight") or name.endswith("conv1") for name in names), names
+    assert problem.notes
+    numbers = dict.fromkeys(names, 0.5)
+    assert problem.make(numbers).plans

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from secateur.analysis.latency import latency_ratio, measure_latency
-from secateur.errors import UsageError
+from secateur.core.groups import Groups
+from secateur.errors import NoEffectError, SecateurError, UsageError
 from secateur.lab.explore.session import Session
 from secateur.lab.explore.specs import PointSpec
 from secateur.lab.plugins import make_criterion
@@ -62,6 +63,8 @@ class Problem(ABC):
 
     def __init__(self, session: Session, spec: PointSpec) -> None:
         self.session, self.spec = session, spec
+        # What was left out of the search, and why.
+        self.notes: list[str] = []
 
     @abstractmethod
     def space(self, spec: Any) -> Space:
@@ -145,13 +148,30 @@ class UnitProblem(Problem):
     def __init__(self, session: Session, spec: PointSpec) -> None:
         super().__init__(session, spec)
         context = session.context
-        self._ranking: UnitRanking = rank_units(
+        ranking = rank_units(
             session.network,
             make_criterion(spec.criterion, context.options.allow_code),
             context.groups,
             targets=session.targets,
             batches=session.scored,
         )
+        self._ranking: UnitRanking = self._alone(ranking)
+
+    def _alone(self, ranking: UnitRanking) -> UnitRanking:
+        """Without the groups that cannot be cut whatever the others lose, as where sizes are written into the code."""
+        good, session = [], self.session
+        for group in ranking.groups:
+            session.listener.check_stop()
+            kept = ranking.kept({g.name: 0.5 if g is group else 0.0 for g in ranking.groups})
+            try:
+                cut_copy(session.context, session.network, ranking.groups, kept)
+                good.append(group)
+            except SecateurError as error:
+                self.notes.append(f'the units of "{group.name}" stay: {str(error).partition(";")[0]}')
+        if not good:
+            raise NoEffectError(f"no group of units can be cut: {'; '.join(self.notes[:2])}")
+        scores = {group.name: ranking.scores[group.name] for group in good}
+        return replace(ranking, groups=Groups(good, ranking.groups.untraced), scores=scores)
 
     def space(self, spec: Any) -> Space:
         return Space(tuple(Float(name, *spec.sparsity) for name in self._ranking.groups.names))

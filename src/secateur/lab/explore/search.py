@@ -54,6 +54,7 @@ def run(session: Session, spec: SearchSectionSpec, folder: Path) -> dict[str, An
             point["latency_again"] = latency
     chosen, why = _choose(spec, points, dense)
     return {
+        "notes": problem.notes,
         "objectives": list(spec.objectives),
         "directions": [DIRECTIONS[name] for name in spec.objectives],
         "names": list(result.space.names),

@@ -49,6 +49,8 @@ def _lines(section: Mapping[str, Any]) -> list[str]:
         f"{', '.join(section['objectives'][:-1])} and {section['objectives'][-1]}; the dense network has "
         f"{percent(section['dense'])} on the images judged by."
     ]
+    if notes := section.get("notes"):
+        lines.append(f"Left out, {many(len(notes), 'group')} that cannot be cut alone: {'; '.join(notes[:2])}.")
     if failed:
         lines.append(f"{many(len(failed), 'trial')} failed; the first: {failed[0]['reason']}.")
     if "gain" in section["objectives"]:
