@@ -90,7 +90,8 @@ class NoisyPrune(Variant):
             if self.weights == "dense":
                 weight.copy_(bench.clean(target.name))
             if masks is not None:
-                weight.mul_(masks[target.name])
+                # Not multiplied: a negative weight times zero is -0.0, which is stored like any other number.
+                weight.masked_fill_(~masks[target.name], 0.0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -233,7 +234,7 @@ class LayerSparsity(Variant):
         target = bench.target(self.layer)
         if self.sparsity:
             masks = bench.masks(self.criterion, self.sparsity, SelectionRule(), Targets([target]))
-            bench.edit(target.name).mul_(masks[target.name])
+            bench.edit(target.name).masked_fill_(~masks[target.name], 0.0)
 
 
 _KINDS: dict[str, type[Variant]] = {

@@ -148,9 +148,10 @@ class Workbench:
         own = site.module == target.module
         weight = self.edit(target.name if own else f"{prefix}weight")
         factor = factor.to(weight.device, weight.dtype)
-        weight.mul_(target.spread(factor) if own else factor)
+        # Adding zero turns -0.0 into 0.0.
+        weight.mul_(target.spread(factor) if own else factor).add_(0.0)
         if module.bias is not None:
-            self.edit(f"{prefix}bias").mul_(factor)
+            self.edit(f"{prefix}bias").mul_(factor).add_(0.0)
 
     def fingerprint(self) -> str:
         """SHA-256 of the network's own parameters and buffers and of the targets: what all variants depend on."""
