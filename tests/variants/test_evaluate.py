@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from secateur.core.statistics import paired_examples
-from secateur.errors import CheckpointError, DataError, SecateurError, UsageError
+from secateur.errors import CheckpointError, DataError, SecateurError, StorageError, UsageError
 from secateur.variants import DropUnit, NoisyPrune, UnitMasks, Workbench, evaluate_variants
 from secateur.variants.kinds import LayerSparsity
 
@@ -158,6 +158,40 @@ def test_a_journal_of_another_evaluation_is_refused(tmp_path):
         evaluate_variants(Workbench(_net()), VARIANTS[:2], batches, journal=path)
 
 
+@pytest.mark.parametrize("score", ["bool", "float32"])
+@pytest.mark.parametrize("wrong", [-1, 0, 7, 49, 51, 400, "50", 50.0, None])
+def test_a_wrong_count_in_a_journal_is_refused_with_its_line(tmp_path, score, wrong):
+    path, options = tmp_path / "journal.jsonl", {"score": _margin} if score == "float32" else {}
+    evaluate_variants(Workbench(_net()), VARIANTS[:2], _data(), journal=path, **options)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (lines[2]["count"], lines[2]["dtype"]) == (50, score)
+    lines[2]["count"] = wrong
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(CheckpointError, match=r"journal.jsonl:3: not a line of an evaluation \(.*start over$"):
+        evaluate_variants(Workbench(_net()), VARIANTS[:2], _data(), journal=path, **options)
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", '{"variant": "a", "part": 0, "count": 1, "dtype": "int", "values": "gA=="}'])
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_is_no_line_of_a_journal_is_refused(tmp_path, line, number):
+    path = tmp_path / "journal.jsonl"
+    evaluate_variants(Workbench(_net()), VARIANTS[:1], _data(), journal=path)
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(CheckpointError, match="journal.jsonl"):
+        evaluate_variants(Workbench(_net()), VARIANTS[:1], _data(), journal=path)
+
+
+def test_a_journal_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "journal.jsonl"):
+        with pytest.raises(StorageError) as caught:
+            evaluate_variants(Workbench(_net()), VARIANTS[:1], _data(), journal=path)
+        assert str(caught.value).startswith(f"journal: cannot read or write {path}: ")
+        assert "\n" not in str(caught.value)
+
+
 def _margin(outputs, labels):
     top = outputs.gather(1, labels[:, None])[:, 0]
     return top - outputs.mean(1)
@@ -192,9 +226,11 @@ def test_what_is_refused():
     bench, batches = Workbench(_net()), _data()
     with pytest.raises(UsageError, match="none to evaluate"):
         evaluate_variants(bench, [], batches)
-    with pytest.raises(SecateurError, match="empty"):
+    with pytest.raises(DataError, match="^evaluation: the batches are empty"):
         evaluate_variants(bench, VARIANTS[:1], [])
-    with pytest.raises(UsageError, match="need labels"):
+    with pytest.raises(DataError, match="^recalibration: the batches are empty"):
+        evaluate_variants(bench, VARIANTS[:1], batches, recalibrate=[])
+    with pytest.raises(UsageError, match="^evaluation: batches need labels"):
         evaluate_variants(bench, VARIANTS[:1], [batches[0][0]])
     with pytest.raises(DataError, match=r"noisy_prune\(.*not a number for 50 of 50"):
         evaluate_variants(bench, VARIANTS[:1], batches, score=lambda o, y: o[:, 0] * float("nan"))

@@ -58,9 +58,9 @@ def evaluate_variants(
     Returns: values in the order of `variants`.
 
     Raises: `UsageError` for no variants; `DataError` for a value that is not a number, `CheckpointError` for a journal
-        of another evaluation.
+        of another evaluation or a damaged one, `StorageError` for one that cannot be read or written.
 
-    Memory: one copy of the changed parameters whatever the number of variants, one part of the data, and the values.
+    Memory: that of the workbench whatever the number of variants, one part of the data, and the values.
     """
     unique = list(dict.fromkeys(variants))
     if not unique:
@@ -76,7 +76,7 @@ def evaluate_variants(
             # Journals know parts by what is in them.
             name = number if book is None else data_mark(part)
             for variant in unique:
-                found = None if book is None else book.get(variant, name)
+                found = None if book is None else book.get(variant, name, size)
                 if found is None:
                     found, cost = _evaluate(bench, variant, part, score, recalibrate, cost)
                     if book is not None:
@@ -96,7 +96,7 @@ def evaluate_variants(
 def _parts(batches: Iterable[Any], hold: int, device: torch.device) -> Iterator[list[tuple[Any, Any, int]]]:
     part: list[tuple[Any, Any, int]] = []
     held = 0
-    for inputs, labels, count in labelled(batches, "an evaluation of variants"):
+    for inputs, labels, count in labelled(batches, task="evaluation"):
         part.append((moved(inputs, device), moved(labels, device), count))
         held += sum(t.numel() * t.element_size() for t in tensors(inputs))
         if held >= hold:
@@ -132,7 +132,7 @@ def _evaluate(
 def evaluation_basis(bench: Workbench, score: Score, recalibrate: Sequence[Any] | None) -> dict[str, Any]:
     """What the values of an evaluation depend on besides variants and examples."""
     name = f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', type(score).__name__)}"
-    renewed = None if recalibrate is None else data_mark([(i, y, n) for i, y, n in labelled(recalibrate)])
+    renewed = None if recalibrate is None else data_mark([(i, y, n) for i, y, n in labelled(recalibrate, task="recalibration")])
     scored = None if bench.batches is None else data_mark(list(read(bench.batches)))
     criteria = {name: repr(criterion) for name, criterion in bench.criteria.items()}
     return {

@@ -135,7 +135,7 @@ def greedy_oracle(
         raise UsageError("greedy oracle: no layers to search; leave layers out to search all of them")
     units = {t.name: t.units for t in targets}
     count = _count(units, steps, until, min_keep)
-    data = list(labelled(batches, "a greedy search"))
+    data = list(labelled(batches, task="greedy oracle"))
     device = next(bench.network.parameters()).device
     # Moved once, not at every step.
     given = [(moved(inputs, device), moved(labels, device)) for inputs, labels, _ in data]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.errors import UsageError
-from secateur.variants.rungs import Arm, Rung, Table, Values, check_options, distinct, following, spread
+from secateur.variants.rungs import Arm, Rung, Table, Values, check_options, distinct, schedule, spread, standard_bound
 
 __all__ = ["FrontArm", "FrontResult", "pareto_race"]
 
@@ -106,12 +106,11 @@ def pareto_race(
     check_options(error, first, growth, replicas, examples)
     _check_arms(arms, whole_losses)
     most = max(len(a.variants) for a in arms)
-    schedule, last = [(min(first, examples), min(replicas, most))], (examples, most)
-    while schedule[-1] != last:
-        schedule.append(following(schedule[-1], last, growth))
+    last = (examples, most)
+    *early, _ = schedule((first, replicas), last, growth)
     table, alive, rungs = Table(values), list(range(len(arms))), []
-    bound = _bound(error, len(arms), len(schedule))
-    for n, m in schedule[:-1]:
+    bound = standard_bound(error, len(arms) * (len(arms) - 1) * len(early))
+    for n, m in early:
         rungs.append(Rung(n, m, len(alive)))
         alive = _survivors(arms, alive, table, (n, m), examples, bound, whole_losses)
         if len(alive) == 1:
@@ -138,12 +137,6 @@ def _check_arms(arms: Sequence[FrontArm], whole_losses: bool) -> None:
             f"pareto_race: whole_losses needs factors of at most 1, got {max(a.factor for a in arms)}: a loss must not "
             "count less than it is"
         )
-
-
-def _bound(error: float, arms: int, rungs: int) -> float:
-    from scipy.special import ndtri
-
-    return -float(ndtri(error / max(1, arms * (arms - 1) * (rungs - 1))))
 
 
 def _objectives(arm: FrontArm, table: Table, last: tuple[int, int], whole_losses: bool) -> tuple[float, ...]:

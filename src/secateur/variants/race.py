@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from secateur.errors import UsageError
-from secateur.variants.rungs import Arm, Rung, Table, Values, check_options, distinct, following, spread
+from secateur.variants.rungs import Arm, Rung, Table, Values, check_options, distinct, schedule, spread, standard_bound
 
 __all__ = ["Arm", "RaceResult", "Rung", "race"]
 
@@ -53,13 +53,15 @@ def race(
 
     Args:
         arms: what competes.
-        values: `(variant, start, stop)` -> the values of a variant on examples start to stop, one an example. The
-            order of examples must be random: the first ones stand for all.
+        values: `(variant, start, stop)` -> the values of a variant on examples start to stop, one an example, that span
+            at most 1 (right or wrong, a probability); scale others. The order of examples must be random: the first
+            ones stand for all.
         examples: how many there are.
         final: the same in full precision, if `values` are approximate. The survivors are then judged by it, on
             everything, at the last rung. How far `values` are off is not counted in `error`.
         top: how many winners are asked for, at least 1.
-        error: chance, at most, of leaving out a true winner, by the normal approximation; shared out over the arms.
+        error: chance, at most, that any of the true winners is left out, by the normal approximation; shared out over
+            the pairs of a winner and another arm, and the rungs.
         first, growth: examples at the first rung, and the factor from rung to rung.
         replicas: variants of each arm at the first rung; the number grows alongside.
 
@@ -68,20 +70,19 @@ def race(
     if not arms or not 1 <= top <= len(arms):
         raise UsageError(f"race: top lies between 1 and the number of arms, got {top} of {len(arms)}")
     check_options(error, first, growth, replicas, examples)
-    from scipy.special import ndtri
-
-    bound = float(ndtri(1.0 - error / max(1, len(arms) - top)))
     table, alive, rungs = Table(values), list(range(len(arms))), []
     most = max(len(a.variants) for a in arms)
-    (n, m), last = (min(first, examples), min(replicas, most)), (examples, most)
-    while (n, m) != last:
+    *early, _ = schedule((first, replicas), (examples, most), growth)
+    bound = standard_bound(error, top * (len(arms) - top) * len(early))
+    for n, m in early:
         seen = {i: table.of(arms[i], m, n) for i in alive}
         rungs.append(Rung(n, m, len(alive)))
         alive = _survivors(arms, seen, top, bound, examples)
-        n, m = last if len(alive) <= top else following((n, m), last, growth)
-    rungs.append(Rung(n, m, len(alive)))
+        if len(alive) <= top:
+            break
+    rungs.append(Rung(examples, most, len(alive)))
     judge = table if final is None else Table(final)
-    finals = {i: float(judge.of(arms[i], m, n).mean()) for i in alive}
+    finals = {i: float(judge.of(arms[i], most, examples).mean()) for i in alive}
     ranked = sorted(finals, key=lambda i: (-finals[i], i))
     evaluated = table.evaluated + (judge.evaluated if judge is not table else 0)
     return RaceResult(tuple(ranked[:top]), finals, tuple(rungs), evaluated, distinct(arms) * examples)

@@ -42,7 +42,8 @@ def race_variants(
     Args:
         bench: the network the variants are of.
         batches: `(inputs, labels)`, tensors, read once and kept in memory.
-        score: `(outputs, labels)` -> one value an example, higher is better.
+        score: `(outputs, labels)` -> one value an example, higher is better; values span at most 1, as those of right
+            or wrong do. `error` does not hold for a score that spans more: scale it.
         precision: what arms are left out by. In `"bfloat16"` (autocast) the last rung is float32 on everything, so
             that the winners among the survivors, and the values, are those of float32; but an arm may have been left
             out that only bfloat16 puts behind, which `error` does not count.
@@ -121,7 +122,7 @@ def _values(
 
 
 def _gathered(batches: Iterable[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    read = [(inputs, labels) for inputs, labels, _ in labelled(batches, "a race of variants")]
+    read = [(inputs, labels) for inputs, labels, _ in labelled(batches, task="race")]
     if not all(isinstance(part, Tensor) for batch in read for part in batch):
         raise UsageError("race: inputs and labels must be tensors; for others use evaluate_variants")
     return torch.cat([i for i, _ in read]).to(device), torch.cat([y for _, y in read]).to(device)

@@ -33,7 +33,7 @@ def renew_statistics_(model: nn.Module, batches: Iterable[Any]) -> int:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
-        for inputs, _, count in labelled(batches, "recalibration"):
+        for inputs, _, count in labelled(batches, task="recalibration"):
             call(model, moved(inputs, device))
             examples += count
     finally:

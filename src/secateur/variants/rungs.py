@@ -11,7 +11,7 @@ import numpy as np
 from secateur.errors import DataError, UsageError
 from secateur.variants.kinds import Variant
 
-__all__ = ["Arm", "Rung", "Table", "Values", "check_options", "distinct", "following", "spread"]
+__all__ = ["Arm", "Rung", "Table", "Values", "check_options", "distinct", "schedule", "spread", "standard_bound"]
 
 Values = Callable[[Variant, int, int], np.ndarray]
 
@@ -92,9 +92,20 @@ def check_options(error: float, first: int, growth: float, replicas: int, exampl
         )
 
 
-def following(rung: tuple[int, int], last: tuple[int, int], growth: float) -> tuple[int, int]:
-    """Examples and replicas after these."""
-    return min(last[0], math.ceil(rung[0] * growth)), min(last[1], math.ceil(rung[1] * growth**0.5))
+def schedule(first: tuple[int, int], last: tuple[int, int], growth: float) -> list[tuple[int, int]]:
+    """Examples and replicas of every rung, from `first` (or `last`, where that is less) to `last`."""
+    rungs = [(min(first[0], last[0]), min(first[1], last[1]))]
+    while rungs[-1] != last:
+        n, m = rungs[-1]
+        rungs.append((min(last[0], math.ceil(n * growth)), min(last[1], math.ceil(m * growth**0.5))))
+    return rungs
+
+
+def standard_bound(error: float, comparisons: int) -> float:
+    """Standard deviations that chance exceeds in any of so many comparisons with at most `error`, if it is normal."""
+    from scipy.special import ndtri
+
+    return -float(ndtri(error / max(1, comparisons)))
 
 
 def distinct(arms: Sequence[Arm]) -> int:

@@ -39,7 +39,8 @@ class Workbench:
         loss: for criteria that need gradients; see `score_targets`.
         criteria: criteria by the names variants use; other names are those of registered ones, as they are by default.
 
-    Memory: one copy of the changed parameters, made at the first variant and used for all.
+    Memory: one copy of the changed parameters, made at the first variant and used for all, however many there are; and
+        while a variant is made, its noise, its masks and what ranking the weights needs.
     """
 
     def __init__(

@@ -17,24 +17,25 @@ Batches = Iterable[Any]
 Loss = Callable[[Any, Any], Tensor]
 
 
-def read(batches: Batches) -> Iterator[tuple[Any, Any, int]]:
-    """(inputs, labels or None, samples) of every batch that is not empty; `DataError` if there is none."""
+def read(batches: Batches, task: str = "scoring") -> Iterator[tuple[Any, Any, int]]:
+    """(inputs, labels or None, samples) of every batch that is not empty; `DataError` that names `task` if there is none."""
     found = False
     for batch in batches:
         inputs, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
-        count = _samples(inputs, labels)
+        count = _samples(inputs, labels, task)
         if count:
             found = True
             yield inputs, labels, count
     if not found:
-        raise DataError("scoring: the batches are empty; expected at least one (inputs, labels)")
+        raise DataError(f"{task}: the batches are empty; expected at least one (inputs, labels)")
 
 
-def labelled(batches: Batches, what: str = "gradients") -> Iterator[tuple[Any, Any, int]]:
-    """The same, with an error that names `what` needs labels when they are missing."""
-    for inputs, labels, count in read(batches):
+def labelled(batches: Batches, what: str = "gradients", task: str = "scoring") -> Iterator[tuple[Any, Any, int]]:
+    """The same, with an error that names what needs labels when they are missing: criteria of `what`, else `task`."""
+    for inputs, labels, count in read(batches, task):
         if labels is None:
-            raise UsageError(f"criteria that need {what} need labels: pass batches of (inputs, labels)")
+            who = f"criteria that need {what} need labels" if task == "scoring" else f"{task}: batches need labels"
+            raise UsageError(f"{who}: pass batches of (inputs, labels)")
         yield inputs, labels, count
 
 
@@ -47,14 +48,14 @@ def finite(value: Tensor, samples: int) -> Tensor:
     return value
 
 
-def _samples(inputs: Any, labels: Any) -> int:
+def _samples(inputs: Any, labels: Any, task: str) -> int:
     """Samples in a batch: the length of its labels, or of the first tensor in its inputs."""
     if isinstance(labels, Tensor) and labels.dim():
         return len(labels)
     while not isinstance(inputs, Tensor):
         values = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
         if not values:
-            raise DataError("scoring: a batch holds no tensor; expected inputs, or (inputs, labels)")
+            raise DataError(f"{task}: a batch holds no tensor; expected inputs, or (inputs, labels)")
         inputs = values[0]
     return len(inputs)
 

@@ -42,6 +42,8 @@ def search_recipe(
         if isinstance(names, str):
             raise UsageError(f"search: {argument}: expected a list of names, got {names!r}")
     section: dict[str, Any] = {"kind": "search", "objectives": list(objectives), "tolerance": tolerance, "seed": seed}
+    # Small generations, so that a few minutes are more than a random search.
+    section |= {"population": 20}
     section |= {"vary": vary or ("units" if "latency" in objectives else "weights"), "budget": budget, "trials": trials}
     recipe: dict[str, Any] = {
         "name": f"search-{slug(model)}"[:100],
@@ -99,7 +101,8 @@ def search_variants(
             `objectives`: two or more of accuracy, sparsity, gain, latency, bytes.
             `budget`: time, as in "10min"; `trials`: how many instead.
             `vary`: "weights" (noise, then zeros) or "units" (cut for real); by default units where latency counts.
-            `exclude`: layers left alone. `images`: how many test images choose; the rest are for the report.
+            `exclude`: layers left alone. `images`: how many test images choose (default: half, 1000 at most); the rest
+            are for the report.
             `recalibrate`: training images that renew BatchNorm statistics of every network.
             `tolerance`: accuracy that may be lost. `seed`: of training and search.
 

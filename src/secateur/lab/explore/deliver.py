@@ -31,13 +31,15 @@ def run(session: Session, spec: DeliverSpec, folder: Path) -> dict[str, Any]:
         "numbers": dict(spec.numbers),
         "values": values,
         "judged": session.counts[0],
-        "delivered": deliver(session, problem, spec.numbers, folder),
+        "delivered": deliver(session, problem, spec.numbers, values, folder),
     }
 
 
-def deliver(session: Session, problem: Problem, numbers: Mapping[str, float], folder: Path) -> dict[str, Any]:
-    """The file, and the network in it beside the dense one."""
-    made, dense, context = problem.make(numbers), session.network, session.context
+def deliver(
+    session: Session, problem: Problem, numbers: Mapping[str, float], known: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """The file, and the network in it beside the dense one; `known` is what `problem.values` has found."""
+    made, dense, context = problem.make(numbers, known), session.network, session.context
     extra = {"data": context.data.name, "recipe": session.recipe.name, "recipe_hash": session.recipe.hash}
     file, reloaded = save_and_reload(context, made.network, made.plans, folder, extra=extra, sparse=made.sparse)
     # Of the network that was read back from the file, not of the one it was made from.

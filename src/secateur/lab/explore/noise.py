@@ -80,9 +80,11 @@ class _Work:
 
     def population(self, sigma: float, sparsity: float, way: str = "noisy") -> list[NoisyPrune]:
         weights, mask = _WAYS[way]
+        # What confirms a choice shares neither images nor noise with what it was chosen by.
+        first = self.spec.first_seed + (self.spec.variants if self.held else 0)
         return [
             NoisyPrune(sigma, sparsity, seed, self.label, self.spec.scope, weights, mask)
-            for seed in range(self.spec.variants)
+            for seed in range(first, first + self.spec.variants)
         ]
 
     def means(self, variants: Sequence[NoisyPrune]) -> list[float]:
@@ -100,8 +102,11 @@ class _Work:
             found = {way: _population(outcome, self.population(sigma, sparsity, way), plain) for way in ways}
             cell = {"sigma": sigma, "sparsity": sparsity, "plain": float(plain.mean()), **found.pop("noisy")}
             cells.append({**cell, "transfer": found})
-        for cell, p in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
-            cell["p_holm"] = p
+        for side in ("gain", "loss"):
+            # Beyond the chance of the seeds and of the images, both.
+            worst = [max(cell[f"p_{side}_seeds"], cell[f"p_{side}_images"]) for cell in cells]
+            for cell, p in zip(cells, holm(worst), strict=True):
+                cell[f"p_{side}"] = p
         return cells
 
     def _evaluate(self, variants: Sequence[NoisyPrune]) -> Outcome:
@@ -131,24 +136,33 @@ def _population(outcome: Outcome, variants: Sequence[NoisyPrune], plain: np.ndar
     values = rows.mean(axis=1, dtype=np.float64)
     # Fewer than six values enclose their median in no 95 % interval.
     low, high = median_interval(values.tolist()) if len(values) >= 6 else (None, None)
-    p, test = above(values.tolist(), float(plain.mean()))
+    constant = float(plain.mean())
+    p_gain, test = above(values.tolist(), constant)
+    p_loss, _ = above((-values).tolist(), -constant)
     images = paired_examples(rows.mean(axis=0, dtype=np.float64), plain.astype(np.float64))
+    gain = float(values.mean() - plain.mean())
+    # One side of a test of both; without any spread there is nothing to tell.
+    half = 0.5 if images.p is None else images.p / 2
+    p_up = half if gain > 0 else 1.0 - half
     return {
         "accuracies": values.tolist(),
         "median": float(np.median(values)),
         "median_low": low,
         "median_high": high,
-        "gain": float(values.mean() - plain.mean()),
+        "gain": gain,
         "gain_low": images.low,
         "gain_high": images.high,
-        "p": p,
+        "p_gain_seeds": p_gain,
+        "p_gain_images": p_up,
+        "p_loss_seeds": p_loss,
+        "p_loss_images": 1.0 - p_up,
         "test": test,
     }
 
 
 def _pays(cell: dict[str, Any]) -> bool:
     """Whether noise gains something that neither its seeds nor the images explain."""
-    return cell["p_holm"] < LEVEL and cell["gain_low"] is not None and cell["gain_low"] > 0.0
+    return cell["p_gain"] < LEVEL
 
 
 def _bracket(cells: Sequence[dict[str, Any]], sigma: float) -> tuple[float | None, float | None]:

@@ -75,8 +75,8 @@ class Problem(ABC):
         """The objectives `names`, and what else is worth keeping, by the images judged by."""
 
     @abstractmethod
-    def make(self, numbers: Mapping[str, float]) -> Made:
-        """The network itself."""
+    def make(self, numbers: Mapping[str, float], known: Mapping[str, Any] | None = None) -> Made:
+        """The network itself; `known` is what `values` has found about it, if that was kept."""
 
     def latencies(self, models: Sequence[nn.Module]) -> list[float]:
         """Time of each, as a share of the dense network's; all are measured in turn, so that a busy machine is fair."""
@@ -131,9 +131,9 @@ class WeightProblem(Problem):
                 values["bytes"] = _packed_bytes(model)
         return {**values, "accuracies": noisy}
 
-    def make(self, numbers: Mapping[str, float]) -> Made:
+    def make(self, numbers: Mapping[str, float], known: Mapping[str, Any] | None = None) -> Made:
         variants = self._variants(numbers)
-        accuracies = self._accuracies(variants)
+        accuracies = (known or {}).get("accuracies") or self._accuracies(variants)
         best = variants[max(range(len(variants)), key=accuracies.__getitem__)]
         with self._bench.variant(best) as model, renewed_statistics(model, self.session.renewing):
             network = copy.deepcopy(model)
@@ -194,7 +194,7 @@ class UnitProblem(Problem):
             (values["latency"],) = self.latencies([made.network])
         return values
 
-    def make(self, numbers: Mapping[str, float]) -> Made:
+    def make(self, numbers: Mapping[str, float], known: Mapping[str, Any] | None = None) -> Made:
         kept = self._kept(numbers)
         groups = self._ranking.groups
         smaller, difference = cut_copy(self.session.context, self.session.network, groups, kept)

@@ -16,6 +16,7 @@ from secateur.lab.explore.problems import DIRECTIONS, Problem, make_problem, sto
 from secateur.lab.explore.session import Session
 from secateur.lab.explore.specs import SearchSectionSpec, seconds
 from secateur.lab.listener import Interrupted
+from secateur.lab.store import read_json, write_json
 from secateur.search import SearchResult, SearchSpec, TrialRecord, run_search
 
 __all__ = ["run"]
@@ -40,18 +41,23 @@ def run(session: Session, spec: SearchSectionSpec, folder: Path) -> dict[str, An
     distinct = {tuple(_values(trial).values()): trial for trial in reversed(result.front())}
     front = sorted(distinct.values(), key=lambda trial: (-_values(trial)["accuracy"], trial.trial))
     points: list[dict[str, Any]] = []
-    networks = []
+    book = folder / "front.json"
+    known = read_json(book, "delete it to measure the front again") if book.is_file() else {}
     for number, trial in enumerate(front):
         session.listener.check_stop()
         session.listener.advanced(number, f"front point {number + 1} of {len(front)} on images held back")
-        networks.append(problem.make(trial.numbers).network)
-        right, count = session.accuracy(networks[-1], session.held)
+        if str(trial.trial) not in known:
+            right, count = session.accuracy(problem.make(trial.numbers, trial.extras).network, session.held)
+            known[str(trial.trial)] = right / count
+            write_json(book, known)
         path = _recipe(session, spec, trial, number, folder)
-        points.append({**trial.record(), "held_accuracy": right / count, "recipe": path.name})
+        points.append({**trial.record(), "held_accuracy": known[str(trial.trial)], "recipe": path.name})
     if "latency" in spec.objectives:
         # In a trial a network is timed alone, whatever else the machine does then; here all are timed in turn.
+        networks = [problem.make(trial.numbers, trial.extras).network for trial in front]
         for point, latency in zip(points, problem.latencies(networks), strict=True):
             point["latency_again"] = latency
+        del networks
     chosen, why = _choose(spec, points, dense)
     return {
         "notes": problem.notes,
@@ -67,7 +73,7 @@ def run(session: Session, spec: SearchSectionSpec, folder: Path) -> dict[str, An
         "hypervolume": _hypervolumes(session, spec, result),
         "chosen": chosen,
         "why": why,
-        "delivered": deliver(session, problem, front[chosen].numbers, folder),
+        "delivered": deliver(session, problem, front[chosen].numbers, front[chosen].extras, folder),
     }
 
 

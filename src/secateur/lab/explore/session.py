@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.duration import Duration
+from secateur.core.seeds import keyed_generator
 from secateur.core.targets import Targets, find_targets
 from secateur.criteria import CRITERIA
-from secateur.errors import DataError, MissingExtraError, UsageError
+from secateur.errors import DataError, MissingExtraError, NoEffectError, UsageError
 from secateur.lab.context import Context, Options
 from secateur.lab.data import Dataset, evaluation_batches
 from secateur.lab.data.dataset import Normalize, fingerprint, stratified
@@ -39,6 +40,8 @@ Batch = tuple[Tensor, Tensor]
 
 # Training images that criteria are scored on and that show which BatchNorm follows which layer.
 _SCORED = 512
+# Training images at a time that BatchNorm statistics are renewed by; test images that judge, unless told.
+_RENEWING, _JUDGED = 128, 1000
 
 
 class Session:
@@ -144,16 +147,21 @@ class Session:
         data, spec = self.context.data, self.recipe.judge
         if spec.source == "validation":
             images, labels = data.validation_images, data.validation_labels
-            count = len(labels) if spec.images is None else spec.images
+            count = len(labels) - spec.skip if spec.images is None else spec.images
         else:
             images, labels = data.test_images, data.test_labels
-            count = len(labels) // 2 if spec.images is None else spec.images
-        if not 2 <= count <= len(labels) or (spec.source == "test" and count > len(labels) - 2):
+            count = min(_JUDGED, (len(labels) - spec.skip) // 2) if spec.images is None else spec.images
+        if not 2 <= count <= len(labels) - spec.skip - (2 if spec.source == "test" else 0):
+            aside = f", {spec.skip} set aside" if spec.skip else ""
             raise UsageError(
-                f"judge.images {count}: the {spec.source} images are {len(labels)}"
+                f"judge.images {count}: the {spec.source} images are {len(labels)}{aside}"
                 + ("; leave some of them for the report" if spec.source == "test" else "")
             )
-        drawn, rest = stratified(labels, count, 0, "judge")
+        drawn, rest = stratified(labels, spec.skip + count, 0, "judge")
+        if spec.skip:
+            # A smaller draw is part of a larger one.
+            others, _ = stratified(labels, spec.skip, 0, "judge")
+            drawn = drawn[~torch.isin(drawn, others)]
         if spec.source == "validation":
             return (images[drawn], labels[drawn]), (data.test_images, data.test_labels)
         return (images[drawn], labels[drawn]), (images[rest], labels[rest])
@@ -186,24 +194,38 @@ class Session:
         """Images judged by, and images held back for the report."""
         return len(self._split[0][1]), len(self._split[1][1])
 
-    def training_images(self, count: int) -> list[Batch]:
-        """Batches of the first `count` training images, not augmented."""
+    def training_images(self, count: int, batch_size: int | None = None) -> list[Batch]:
+        """Batches of `count` training images, every class in proportion, in random order, not augmented.
+
+        Raises: `UsageError` for more than there are.
+        """
         data = self.context.data
-        return list(self._batches(data.train_images[:count], data.train_labels[:count]))
+        if count > len(data.train_labels):
+            raise UsageError(f"{count} training images asked for, of {len(data.train_labels)}; ask for fewer")
+        drawn, _ = stratified(data.train_labels, count, 0, "scored")
+        drawn = drawn[torch.randperm(count, generator=keyed_generator(0, "scored"))]
+        return list(self._batches(data.train_images[drawn], data.train_labels[drawn], batch_size))
 
     @cached_property
     def scored(self) -> list[Batch]:
         """Training images for criteria that need data."""
-        return self.training_images(_SCORED)
+        return self.training_images(min(_SCORED, len(self.context.data.train_labels)))
 
     @cached_property
     def renewing(self) -> list[Batch] | None:
         """Images that BatchNorm statistics are renewed by in every variant; None if they are not."""
         count = self.recipe.judge.recalibrate
-        return None if count is None else self.training_images(count)
+        if count is None:
+            return None
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.network.modules()):
+            raise NoEffectError("judge.recalibrate renews BatchNorm statistics, and the network has none; leave it out")
+        batches = self.training_images(count, _RENEWING)
+        # The averages count batches, not images: all are equally large.
+        return [batch for batch in batches if len(batch[1]) == len(batches[0][1])]
 
-    def _batches(self, images: Tensor, labels: Tensor) -> Iterator[Batch]:
-        for batch in evaluation_batches(images, labels, self.batch_size, normalize=self.context.data.normalize):
+    def _batches(self, images: Tensor, labels: Tensor, batch_size: int | None = None) -> Iterator[Batch]:
+        size = batch_size or self.batch_size
+        for batch in evaluation_batches(images, labels, size, normalize=self.context.data.normalize):
             yield self.context.runtime.to_device(*batch)  # type: ignore[misc]
 
     @torch.no_grad()
@@ -217,7 +239,7 @@ class Session:
 
     def stage(self, section: Any) -> Stage:
         """The stage of a section: named by all that its result depends on."""
-        settings = section.model_dump(mode="json", exclude={"title", "storage"})
+        settings = section.model_dump(mode="json", exclude={"title"})
         plugins = [getattr(section, "criterion", None), *getattr(section, "criteria", ())]
         return self.context.store.stage(
             "explore",
@@ -226,6 +248,7 @@ class Session:
                 "layers": [list(self.recipe.include), list(self.recipe.excluded)],
                 "judge": self.recipe.judge.model_dump(mode="json", exclude={"batch_size"}),
                 "section": settings,
+                "seed": self.recipe.seed,
                 "code": [self.context.code_hash(CRITERIA, plugin["name"]) for plugin in plugins if plugin],
                 "device": self.context.runtime.device.type,
             },

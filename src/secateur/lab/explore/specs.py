@@ -61,9 +61,12 @@ class WeightsSpec(Spec):
 class JudgeSpec(Spec):
     """Which images variants are judged by; no choice is made by any other, and the report measures on the rest."""
 
-    images: int | None = Field(None, ge=2, description="how many, every class in proportion; default: half of the set")
+    images: int | None = Field(None, ge=2, description="how many, classes in proportion; default: half, 1000 at most")
     source: Literal["test", "validation"] = Field(
         "test", description="validation: the share data.validation holds out, which then must not have been trained on"
+    )
+    skip: int = Field(
+        0, ge=0, description="first set so many aside, by which another exploration has judged; they are not held back"
     )
     recalibrate: int | None = Field(
         None, ge=1, description="give every variant BatchNorm statistics of so many training images"
@@ -88,9 +91,12 @@ class NoiseSpec(SectionSpec):
     sigmas: tuple[Sigma, ...] = Field(min_length=1, description="deviations of the noise; 0 is always there")
     sparsities: tuple[Sparsity, ...] = Field(min_length=1, description="fractions of weights to remove")
     variants: int = Field(20, ge=1, description="networks a cell, each with noise of its own seed")
+    first_seed: int = Field(0, ge=0, description="of the noise of the first network of a cell")
     transfer: bool = Field(False, description="also exchange masks between noisy and plain network")
     crossover: int = Field(0, ge=0, le=20, description="halvings of the step in which noise of a sigma begins to pay")
-    confirm: bool = Field(True, description="measure the cell of the largest gain again on images held back")
+    confirm: bool = Field(
+        True, description="measure the cell of the largest gain again: images held back, noise of fresh seeds"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> NoiseSpec:

@@ -20,7 +20,7 @@ _AXES = {
     "sparsity": ("sparsity, %", 100.0),
     "gain": ("gain of noise x sparsity, points", 100.0),
     "latency": ("time of the dense network's, %", 100.0),
-    "bytes": ("file, KiB", 1 / 1024),
+    "bytes": ("tensors as stored, KiB", 1 / 1024),
 }
 # More numbers than this make a table nobody reads; the recipes of the points have them.
 _NUMBERS = 4
@@ -53,6 +53,8 @@ def _lines(section: Mapping[str, Any]) -> list[str]:
         lines.append(f"Left out, {many(len(notes), 'group')} that cannot be cut alone: {'; '.join(notes[:2])}.")
     if failed:
         lines.append(f"{many(len(failed), 'trial')} failed; the first: {failed[0]['reason']}.")
+    if spec["sampler"] == "nsga2" and len(trials) <= spec["population"]:
+        lines.append(f"No more than the first generation of {spec['population']}, which is drawn at random.")
     if "gain" in section["objectives"]:
         lines.append(_gain(section))
     series = [] if section["hypervolume"] is None else section["hypervolume"]["series"]
