@@ -171,7 +171,9 @@ def test_a_wrong_count_in_a_journal_is_refused_with_its_line(tmp_path, score, wr
         evaluate_variants(Workbench(_net()), VARIANTS[:2], _data(), journal=path, **options)
 
 
-@pytest.mark.parametrize("line", ["[1]", "3", '{"variant": "a", "part": 0, "count": 1, "dtype": "int", "values": "gA=="}'])
+@pytest.mark.parametrize(
+    "line", ["[1]", "3", '{"variant": "a", "part": 0, "count": 1, "dtype": "int", "values": "gA=="}']
+)
 @pytest.mark.parametrize("number", [1, 2])
 def test_what_is_no_line_of_a_journal_is_refused(tmp_path, line, number):
     path = tmp_path / "journal.jsonl"
@@ -179,7 +181,7 @@ def test_what_is_no_line_of_a_journal_is_refused(tmp_path, line, number):
     lines = path.read_text().splitlines()
     lines[number - 1] = line
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(CheckpointError, match="journal.jsonl"):
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl"):
         evaluate_variants(Workbench(_net()), VARIANTS[:1], _data(), journal=path)
 
 
@@ -226,11 +228,11 @@ def test_what_is_refused():
     bench, batches = Workbench(_net()), _data()
     with pytest.raises(UsageError, match="none to evaluate"):
         evaluate_variants(bench, [], batches)
-    with pytest.raises(DataError, match="^evaluation: the batches are empty"):
+    with pytest.raises(DataError, match=r"^evaluation: the batches are empty"):
         evaluate_variants(bench, VARIANTS[:1], [])
-    with pytest.raises(DataError, match="^recalibration: the batches are empty"):
+    with pytest.raises(DataError, match=r"^recalibration: the batches are empty"):
         evaluate_variants(bench, VARIANTS[:1], batches, recalibrate=[])
-    with pytest.raises(UsageError, match="^evaluation: batches need labels"):
+    with pytest.raises(UsageError, match=r"^evaluation: batches need labels"):
         evaluate_variants(bench, VARIANTS[:1], [batches[0][0]])
     with pytest.raises(DataError, match=r"noisy_prune\(.*not a number for 50 of 50"):
         evaluate_variants(bench, VARIANTS[:1], batches, score=lambda o, y: o[:, 0] * float("nan"))

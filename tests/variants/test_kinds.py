@@ -16,7 +16,17 @@ from torch import nn
 from secateur.core.seeds import keyed_seed
 from secateur.criteria.magnitude import Magnitude
 from secateur.errors import SecateurError, UsageError
-from secateur.variants import DropLayer, DropUnit, LayerSparsity, NoisyPrune, UnitMasks, Workbench, variant_from
+from secateur.variants import (
+    DropLayer,
+    DropUnit,
+    DropUnits,
+    LayerSparsity,
+    NoisyPrune,
+    UnitMasks,
+    UnitsByCriterion,
+    Workbench,
+    variant_from,
+)
 from secateur.variants import noise as noise_module
 from secateur.variants.noise import add_noise, standard_normal
 
@@ -234,6 +244,20 @@ def test_records_go_through_json(variant):
     assert str(variant).startswith(variant.kind)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array])
+def test_integers_of_other_types_are_stored_as_plain_ones(kind):
+    for variant, plain in (
+        (NoisyPrune(0.1, 0.5, seed=kind(3)), NoisyPrune(0.1, 0.5, seed=3)),
+        (UnitMasks(0.5, kind(3), min_keep=kind(2)), UnitMasks(0.5, 3, min_keep=2)),
+        (DropUnit("0", kind(1)), DropUnit("0", 1)),
+        (DropUnits((("0", kind(1)),)), DropUnits((("0", 1),))),
+        (UnitsByCriterion(removed={"0": kind(1)}), UnitsByCriterion(removed={"0": 1})),
+    ):
+        assert variant == plain
+        assert hash(variant) == hash(plain)
+        assert json.dumps(variant.record()) == json.dumps(plain.record())
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -245,6 +269,21 @@ def test_records_go_through_json(variant):
         (lambda: NoisyPrune(0.1, 0.5, weights="loud"), "noisy"),
         (lambda: UnitMasks(1.0), "drop_rate"),
         (lambda: DropUnit("x", -1), "unit"),
+        (lambda: NoisyPrune(0.1, 0.5, seed=np.int64(-1)), "seed is an integer, at least 0"),
+        (lambda: NoisyPrune(0.1, 0.5, seed=1.0), "seed is an integer, at least 0, got 1.0"),
+        (lambda: NoisyPrune(0.1, 0.5, seed=True), "seed is an integer, at least 0, got True"),
+        (lambda: NoisyPrune(0.1, 0.5, scope="globl"), 'unknown scope "globl"; nearest: global'),
+        (lambda: NoisyPrune(0.1, 0.5, mask=["noisy"]), "unknown mask"),
+        (lambda: NoisyPrune(0.1, 0.5, criterion=None), "criterion is a name, got None"),
+        (lambda: UnitMasks(0.5, scaled="no"), "scaled is True or False, got 'no'"),
+        (lambda: DropUnit(3, 1), "layer is a name, got 3"),
+        (lambda: DropLayer(3), "layer is a name, got 3"),
+        (lambda: LayerSparsity(3, 0.5), "layer is a name, got 3"),
+        (lambda: DropUnits(3), "units is pairs of a layer's name and a number, got 3"),
+        (lambda: DropUnits(((3, 0),)), "units is pairs of a layer's name"),
+        (lambda: variant_from({"kind": ["x"]}), "unknown variant \"['x']\""),
+        (lambda: variant_from({"kind": "drop_layer", "layer": "x", 3: 1}), 'unknown "3"'),
+        (lambda: variant_from(["drop_layer"]), "a record is a mapping with a kind, got ['drop_layer']"),
         (lambda: variant_from({"kind": "noisy"}), "noisy_prune"),
         (lambda: variant_from({"kind": "drop_layer"}), "layer"),
         (lambda: variant_from({"kind": "drop_layer", "layer": "x", "unit": 3}), 'unknown "unit"'),

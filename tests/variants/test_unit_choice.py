@@ -83,8 +83,14 @@ def test_as_many_go_as_are_asked_for(first, second):
     ("make", "said"),
     [
         (lambda: UnitsByCriterion(1.0), "sparsity is a number in [0, 1)"),
-        (lambda: UnitsByCriterion(removed=3), "pairs of layer and units"),
+        (lambda: UnitsByCriterion(removed=3), "removed is pairs of a layer's name and a number, got 3"),
         (lambda: UnitsByCriterion(removed=(("0", -1),)), "removed is an integer, at least 0"),
+        (lambda: UnitsByCriterion(removed=((0, 1),)), "removed is pairs of a layer's name"),
+        (lambda: UnitsByCriterion(criterion=3), "criterion is a name, got 3"),
+        (
+            lambda: UnitsByCriterion(removed=(("0", 3), ("0.weight", 5))).kept(_bench()),
+            'removed has "0.weight" twice, 3 and 5 units; give each layer once',
+        ),
         (lambda: UnitsByCriterion(removed={"0": 6}).kept(_bench()), '"0.weight" has 6 units, so 0 to 5 can go, got 6'),
         (lambda: UnitsByCriterion(removed={"7": 1}).kept(_bench()), 'unknown layer "7"'),
         (lambda: UnitsByCriterion(0.5, criterion="magnitud").kept(_bench()), "magnitude"),

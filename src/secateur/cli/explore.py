@@ -34,14 +34,16 @@ def search(
     objectives: Annotated[
         str, typer.Option("--objectives", help="Two or more of accuracy, sparsity, gain, latency, bytes.")
     ] = "accuracy,sparsity",
-    budget: Annotated[str | None, typer.Option("--budget", help="Time to search: 90s, 10min, 1h.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Time to search: 90s, 10min, 1h; measuring the front comes on top.")
+    ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Networks to try.")] = None,
     vary: Annotated[
         str | None, typer.Option("--vary", help=r"weights (zeros) or units (cut) \[default: units for latency].")
     ] = None,
     exclude: Annotated[list[str], typer.Option("--exclude", help="Layers to leave alone (repeatable).")] = [],  # noqa: B006
     images: Annotated[
-        int | None, typer.Option("--images", min=2, help=r"Test images to choose by \[default: half].")
+        int | None, typer.Option("--images", min=2, help=r"Test images to choose by \[default: half, 1000 at most].")
     ] = None,
     recalibrate: Annotated[
         int | None, typer.Option("--recalibrate", min=1, help="Training images that renew BatchNorm statistics.")
@@ -59,7 +61,7 @@ def search(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, only the result.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, errors too.")] = False,
 ) -> None:
-    """Search the networks that can be made from one; deliver the smallest that is nearly as good, and report.
+    """Search the networks that can be made from one; deliver the best that is nearly as accurate, and report.
 
     Example: secateur search resnet20 --weights w.pth --data cifar10 --objectives accuracy,sparsity --budget 10min
     """

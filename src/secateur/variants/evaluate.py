@@ -132,7 +132,11 @@ def _evaluate(
 def evaluation_basis(bench: Workbench, score: Score, recalibrate: Sequence[Any] | None) -> dict[str, Any]:
     """What the values of an evaluation depend on besides variants and examples."""
     name = f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', type(score).__name__)}"
-    renewed = None if recalibrate is None else data_mark([(i, y, n) for i, y, n in labelled(recalibrate, task="recalibration")])
+    renewed = (
+        None
+        if recalibrate is None
+        else data_mark([(i, y, n) for i, y, n in labelled(recalibrate, task="recalibration")])
+    )
     scored = None if bench.batches is None else data_mark(list(read(bench.batches)))
     criteria = {name: repr(criterion) for name, criterion in bench.criteria.items()}
     return {

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from secateur.errors import UnknownNameError, UsageError
+from secateur.variants.checks import finite, known_name, stored_integers, text, unit_pairs
 
 if TYPE_CHECKING:
     from secateur.core.select import Scope
@@ -20,7 +21,12 @@ Source = Literal["noisy", "dense"]
 
 
 class Variant(ABC):
-    """A frozen dataclass of numbers and names; with the network it determines the variant's weights, on any machine."""
+    """A frozen dataclass of numbers and names; with the network it determines the variant's weights.
+
+    To the bit, on any machine, are the noise and the masks that depend on seeds or on the magnitude of single weights.
+    Criteria that add up or differentiate (GraSP, SNIP, norms of whole units) may differ in the last place from one
+    machine to the next, and so may a mask where two scores are that close.
+    """
 
     kind: ClassVar[str]
 
@@ -67,12 +73,13 @@ class NoisyPrune(Variant):
     kind: ClassVar[str] = "noisy_prune"
 
     def __post_init__(self) -> None:
-        _finite("sigma", self.sigma, 0.0, math.inf)
-        _finite("sparsity", self.sparsity, 0.0, 1.0)
-        _integer("seed", self.seed)
-        for name in ("weights", "mask"):
-            if getattr(self, name) not in ("noisy", "dense"):
-                raise UnknownNameError(name, getattr(self, name), ["noisy", "dense"])
+        finite("sigma", self.sigma, 0.0, math.inf)
+        finite("sparsity", self.sparsity, 0.0, 1.0)
+        stored_integers(self, "seed")
+        text("criterion", self.criterion)
+        known_name("scope", self.scope, ["tensor", "global", "column"])
+        known_name("weights", self.weights, ["noisy", "dense"])
+        known_name("mask", self.mask, ["noisy", "dense"])
 
     def apply(self, bench: Workbench) -> None:
         from secateur.sparsify.ranking import SelectionRule
@@ -114,9 +121,10 @@ class UnitMasks(Variant):
     kind: ClassVar[str] = "unit_masks"
 
     def __post_init__(self) -> None:
-        _finite("drop_rate", self.drop_rate, 0.0, 1.0)
-        _integer("seed", self.seed)
-        _integer("min_keep", self.min_keep)
+        finite("drop_rate", self.drop_rate, 0.0, 1.0)
+        stored_integers(self, "seed", "min_keep")
+        if not isinstance(self.scaled, bool):
+            raise UsageError(f"variant: scaled is True or False, got {self.scaled!r}")
 
     def apply(self, bench: Workbench) -> None:
         from secateur.regularizers.mask_pool import unit_mask
@@ -142,7 +150,8 @@ class DropUnit(Variant):
     kind: ClassVar[str] = "drop_unit"
 
     def __post_init__(self) -> None:
-        _integer("unit", self.unit)
+        text("layer", self.layer)
+        stored_integers(self, "unit")
 
     def apply(self, bench: Workbench) -> None:
         import torch
@@ -168,12 +177,7 @@ class DropUnits(Variant):
     kind: ClassVar[str] = "drop_units"
 
     def __post_init__(self) -> None:
-        if not all(len(unit) == 2 and isinstance(unit[0], str) for unit in self.units):
-            raise UsageError(f"variant: units are pairs of a layer's name and an index, got {self.units!r}")
-        for _, index in self.units:
-            _integer("unit", index)
-        # From JSON they come as lists.
-        units = tuple(sorted((layer, index) for layer, index in self.units))
+        units = tuple(sorted(unit_pairs("units", self.units)))
         if len(set(units)) < len(units):
             raise UsageError(f"variant: units repeat {next(u for u in units if units.count(u) > 1)}; give each once")
         object.__setattr__(self, "units", units)
@@ -202,6 +206,9 @@ class DropLayer(Variant):
     layer: str
     kind: ClassVar[str] = "drop_layer"
 
+    def __post_init__(self) -> None:
+        text("layer", self.layer)
+
     def apply(self, bench: Workbench) -> None:
         import torch
 
@@ -225,7 +232,9 @@ class LayerSparsity(Variant):
     kind: ClassVar[str] = "layer_sparsity"
 
     def __post_init__(self) -> None:
-        _finite("sparsity", self.sparsity, 0.0, 1.0)
+        text("layer", self.layer)
+        text("criterion", self.criterion)
+        finite("sparsity", self.sparsity, 0.0, 1.0)
 
     def apply(self, bench: Workbench) -> None:
         from secateur.core.targets import Targets
@@ -254,27 +263,18 @@ def variant_from(record: Mapping[str, Any]) -> Variant:
     """
     from secateur.variants.unit_choice import UnitsByCriterion
 
+    if not isinstance(record, Mapping):
+        raise UsageError(f"variant: a record is a mapping with a kind, got {record!r}")
     kind = record.get("kind")
     kinds: dict[str, type[Variant]] = {**_KINDS, UnitsByCriterion.kind: UnitsByCriterion}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UnknownNameError("variant", str(kind), list(kinds))
-    cls = kinds[str(kind)]
+    cls = kinds[kind]
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(record.keys() - known - {"kind"})
+    unknown = sorted(str(name) for name in record.keys() - known - {"kind"})
     if unknown:
         raise UsageError(f'variant {kind}: unknown "{unknown[0]}"; expected {", ".join(sorted(known))}')
     try:
         return cls(**{name: value for name, value in record.items() if name != "kind"})
     except TypeError as error:
         raise UsageError(f"variant {kind}: {error}; expected {', '.join(sorted(known))}") from error
-
-
-def _finite(name: str, value: Any, low: float, below: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < below:
-        bound = f"at least {low:g} and finite" if below == math.inf else f"in [{low:g}, {below:g})"
-        raise UsageError(f"variant: {name} is a number {bound}, got {value!r}")
-
-
-def _integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UsageError(f"variant: {name} is an integer, at least 0, got {value!r}")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from secateur.errors import UsageError
-from secateur.variants.kinds import Variant, _finite, _integer
+from secateur.variants.checks import finite, text, unit_pairs
+from secateur.variants.kinds import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ class UnitsByCriterion(Variant):
     Args:
         sparsity: fraction of each layer's units removed, in [0, 1), rounded down; at least one stays.
         removed: `(layer, units)` pairs: how many units of a layer are removed, in place of the fraction. Layers by
-            their name or their weight's. A mapping will do.
+            their name or their weight's, each once. A mapping will do.
         criterion: name of the criterion that ranks the units; its L2 norm for magnitude.
 
     Of equal scores the lowest index goes first.
@@ -38,16 +39,10 @@ class UnitsByCriterion(Variant):
     kind: ClassVar[str] = "units_by_criterion"
 
     def __post_init__(self) -> None:
-        _finite("sparsity", self.sparsity, 0.0, 1.0)
-        given = self.removed.items() if isinstance(self.removed, Mapping) else self.removed
-        try:
-            pairs = tuple((str(layer), count) for layer, count in given)
-        except (TypeError, ValueError):
-            raise UsageError(f"variant: removed is pairs of layer and units, got {self.removed!r}") from None
-        for _, count in pairs:
-            _integer("removed", count)
-        # As JSON gives them back they are lists, which no dictionary of variants would take.
-        object.__setattr__(self, "removed", pairs)
+        finite("sparsity", self.sparsity, 0.0, 1.0)
+        text("criterion", self.criterion)
+        given = tuple(self.removed.items()) if isinstance(self.removed, Mapping) else self.removed
+        object.__setattr__(self, "removed", unit_pairs("removed", given))
 
     def apply(self, bench: Workbench) -> None:
         kept = self.kept(bench)
@@ -62,7 +57,14 @@ class UnitsByCriterion(Variant):
         from secateur.criteria import CRITERIA
         from secateur.sparsify.ranking import rank
 
-        counts = {bench.target(layer).name: count for layer, count in self.removed}
+        counts: dict[str, int] = {}
+        for layer, count in self.removed:
+            name = bench.target(layer).name
+            if name in counts:
+                raise UsageError(
+                    f'{self.kind}: removed has "{name}" twice, {counts[name]} and {count} units; give each layer once'
+                )
+            counts[name] = count
         shares = {t.name: self._share(t.name, t.units, counts.get(t.name)) for t in bench.targets}
         if not any(shares.values()):
             return {t.name: torch.ones(t.units, dtype=torch.bool) for t in bench.targets}
