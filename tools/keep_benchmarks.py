@@ -55,7 +55,9 @@ def main(pairs: list[str]) -> None:
     )
     for script, results in found.items():
         section = re.compile(rf"### `{re.escape(script)}`.*?(?=\n### |\n## )", re.DOTALL)
-        text = section.sub(table(script, results).replace("\\", r"\\"), text, count=1)
+        text, replaced = section.subn(table(script, results).replace("\\", r"\\"), text, count=1)
+        if not replaced:
+            text = text.replace("## Reading the misses", f"{table(script, results)}\n## Reading the misses", 1)
     README.write_text(text)
 
 

@@ -183,7 +183,13 @@ def test_it_stops_when_asked(session, tmp_path):
 
 
 def test_a_network_without_a_pool_has_no_known_masks(tmp_path):
-    session = _session(tmp_path, regularizer={"name": "none"}, judge={"images": 60, "recalibrate": 40})
+    session = _session(
+        tmp_path,
+        regularizer={"name": "none"},
+        judge={"images": 60, "recalibrate": 40},
+        model={"name": "digits_cnn", "kwargs": {"widths": [4, 4, 8]}},
+        exclude=["@last"],
+    )
     spec = _spec()
     result = run(session, spec, tmp_path)
     assert result["known"] == []

@@ -1,6 +1,6 @@
 """Many perturbed variants of one network, evaluated on the same data.
 
-A variant is a few numbers: what it does to the weights is regenerated whenever it is asked for, on any machine, and
+A variant is a few numbers: what it does to the weights is regenerated whenever it is asked for, and
 never stored. Importing this package imports no torch.
 """
 

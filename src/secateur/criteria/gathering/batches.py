@@ -18,7 +18,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def read(batches: Batches, task: str = "scoring") -> Iterator[tuple[Any, Any, int]]:
-    """(inputs, labels or None, samples) of every batch that is not empty; `DataError` naming `task` if there is none."""
+    """(inputs, labels or None, samples) of every batch with samples; `DataError` naming `task` if there are none."""
     found = False
     for batch in batches:
         inputs, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
