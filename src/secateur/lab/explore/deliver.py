@@ -6,10 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
 from secateur.analysis.cost import measure_cost
 from secateur.analysis.latency import latency_ratio, measure_latency
 from secateur.core.statistics import paired_examples
@@ -18,7 +14,6 @@ from secateur.lab.explore.session import Session
 from secateur.lab.explore.specs import DeliverSpec
 from secateur.lab.final import save_and_reload
 from secateur.lab.stages import latency_json
-from secateur.variants.evaluate import right_or_wrong
 
 __all__ = ["deliver", "run"]
 
@@ -43,7 +38,8 @@ def deliver(
     extra = {"data": context.data.name, "recipe": session.recipe.name, "recipe_hash": session.recipe.hash}
     file, reloaded = save_and_reload(context, made.network, made.plans, folder, extra=extra, sparse=made.sparse)
     # Of the network that was read back from the file, not of the one it was made from.
-    pairs = {"dense": _right(session, dense), "delivered": _right(session, reloaded)}
+    named = (("dense", dense), ("delivered", reloaded))
+    pairs = {name: session.right(network, session.held).numpy() for name, network in named}
     found = paired_examples(pairs["delivered"], pairs["dense"])
     costs = {"dense": measure_cost(dense, context.example(1)), "delivered": measure_cost(reloaded, context.example(1))}
     example = context.example(min(64, session.counts[1]))
@@ -65,8 +61,3 @@ def deliver(
             "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high, "resolved": ratio.resolved},
         },
     }
-
-
-@torch.no_grad()
-def _right(session: Session, model: nn.Module) -> np.ndarray:
-    return torch.cat([right_or_wrong(model(inputs), labels).cpu() for inputs, labels in session.held]).numpy()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.core.masks import Masks
 from secateur.core.statistics import paired_examples
@@ -24,7 +23,7 @@ from secateur.lab.runtime import Runtime
 from secateur.lab.store import read_json, write_json
 from secateur.lab.train import train
 from secateur.surgery.file import save_pruned
-from secateur.variants.evaluate import evaluate_variants, right_or_wrong
+from secateur.variants.evaluate import evaluate_variants
 from secateur.variants.kinds import NoisyPrune
 from secateur.variants.renew import renew_statistics_
 from secateur.variants.workbench import Workbench
@@ -98,11 +97,11 @@ class _Work:
             found: dict[str, Any] = read_json(done, "delete it to fine-tune that network again")
             return found
         model, masks = self._pruned(variant)
-        before = _wrong(model, session.held)
+        before = _wrong(session, model)
         session.listener.message(f"fine-tuning {folder.name}: sigma {variant.sigma:g}, {masks.sparsity:.1%} removed")
         started = time.perf_counter()
         steps, part = self._fitted(model, masks, folder)
-        seconds, after = time.perf_counter() - started, _wrong(model, session.held)
+        seconds, after = time.perf_counter() - started, _wrong(session, model)
         count = session.counts[1]
         file = self._save(model, masks, folder)
         found = {
@@ -179,8 +178,6 @@ class _Work:
         )
 
 
-@torch.no_grad()
-def _wrong(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> list[int]:
-    """Which images the network is wrong on, by position; it is in eval mode."""
-    right = torch.cat([right_or_wrong(model(inputs), labels).cpu() for inputs, labels in batches])
-    return torch.nonzero(~right).flatten().tolist()
+def _wrong(session: Session, model: nn.Module) -> list[int]:
+    """Which images held back the network is wrong on, by position; it is in eval mode."""
+    return torch.nonzero(~session.right(model, session.held)).flatten().tolist()

@@ -24,8 +24,10 @@ from secateur.surgery.verify import cut_verified_, outputs_in_eval
 from secateur.variants.kinds import UnitMasks, Variant
 from secateur.variants.workbench import Workbench
 
-__all__ = ["MaskCut", "cut_by_mask", "cuttable", "pool_masks", "removable", "removed_share"]
+__all__ = ["PROOF_INPUTS", "MaskCut", "cut_by_mask", "cuttable", "pool_masks", "removable", "removed_share"]
 
+# Images that explorations compare on.
+PROOF_INPUTS = 64
 # Largest |training mode - cut| accepted, relative to the largest output; as `cut_verified_` accepts.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _COARSE = 5e-2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.core.groups import Groups
 from secateur.core.statistics import paired_examples, wilson
 from secateur.errors import VacuousProofError
-from secateur.lab.explore.mask_cut import MaskCut, cut_by_mask
+from secateur.lab.explore.mask_cut import PROOF_INPUTS, MaskCut, cut_by_mask
 from secateur.lab.explore.masks_spec import MaskRaceSpec
 from secateur.lab.explore.session import Session
 from secateur.lab.store import read_json, write_json
@@ -26,8 +26,6 @@ from secateur.variants.racing import race_variants
 from secateur.variants.workbench import Workbench
 
 __all__ = ["race_masks"]
-
-_PROOF_INPUTS = 64
 
 
 def race_masks(
@@ -130,7 +128,7 @@ def _deliver(
     """The winner cut, proven, saved, and loaded again, which is tried on the held images; None if nothing of it is
     left that could be proven."""
     context = session.context
-    example = context.example(_PROOF_INPUTS)
+    example = context.example(PROOF_INPUTS)
     rate, seed, min_keep = winner.drop_rate, winner.seed, winner.min_keep
     try:
         cut = cut_by_mask(session.network, rate, seed, example, targets=bench.targets, groups=groups, min_keep=min_keep)

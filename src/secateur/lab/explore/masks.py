@@ -14,7 +14,7 @@ from secateur.core.groups import Groups
 from secateur.core.statistics import holm, paired_difference
 from secateur.core.targets import Target, Targets, find_targets
 from secateur.errors import UsageError, VacuousProofError
-from secateur.lab.explore.mask_cut import cut_by_mask, cuttable, pool_masks, removable, removed_share
+from secateur.lab.explore.mask_cut import PROOF_INPUTS, cut_by_mask, cuttable, pool_masks, removable, removed_share
 from secateur.lab.explore.mask_race import race_masks
 from secateur.lab.explore.masks_spec import MasksSpec
 from secateur.lab.explore.session import Session
@@ -27,8 +27,6 @@ from secateur.variants.unit_choice import UnitsByCriterion
 from secateur.variants.workbench import Workbench
 
 __all__ = ["run"]
-
-_PROOF_INPUTS = 64
 
 
 def run(session: Session, spec: MasksSpec, folder: Path) -> dict[str, Any]:
@@ -155,7 +153,7 @@ class _Study:
                 self.session.network,
                 rate,
                 seed,
-                self.session.context.example(_PROOF_INPUTS),
+                self.session.context.example(PROOF_INPUTS),
                 targets=self.targets,
                 groups=self.groups,
                 min_keep=self.min_keep,

@@ -12,15 +12,13 @@ from secateur.analysis.latency import median_interval
 from secateur.core.statistics import above, holm, paired_examples
 from secateur.lab.explore.session import Session
 from secateur.lab.explore.specs import NoiseSpec
+from secateur.lab.report.explore.noise import pays
 from secateur.variants.evaluate import evaluate_variants
 from secateur.variants.kinds import NoisyPrune, Source
 from secateur.variants.outcome import Outcome
 from secateur.variants.workbench import Workbench
 
 __all__ = ["run"]
-
-# What is below this is taken for chance, after Holm's correction over a section.
-LEVEL = 0.05
 
 _WAYS: dict[str, tuple[Source, Source]] = {
     "noisy": ("noisy", "noisy"),
@@ -43,7 +41,7 @@ def run(session: Session, spec: NoiseSpec, folder: Path) -> dict[str, Any]:
                 break
             (step,) = work.cells([(sigma, (below + first) / 2)])
             steps.append(step)
-            below, first = (below, step["sparsity"]) if _pays(step) else (step["sparsity"], first)
+            below, first = (below, step["sparsity"]) if pays(step) else (step["sparsity"], first)
         crossings.append({"sigma": sigma, "below": below, "pays": first})
     result: dict[str, Any] = {
         "criterion": work.label,
@@ -160,16 +158,11 @@ def _population(outcome: Outcome, variants: Sequence[NoisyPrune], plain: np.ndar
     }
 
 
-def _pays(cell: dict[str, Any]) -> bool:
-    """Whether noise gains something that neither its seeds nor the images explain."""
-    return cell["p_gain"] < LEVEL
-
-
 def _bracket(cells: Sequence[dict[str, Any]], sigma: float) -> tuple[float | None, float | None]:
     """The last sparsity before noise of this sigma begins to pay, and the first at which it does."""
     below = None
     for cell in (c for c in cells if c["sigma"] == sigma):
-        if _pays(cell):
+        if pays(cell):
             return below, cell["sparsity"]
         below = cell["sparsity"]
     return below, None

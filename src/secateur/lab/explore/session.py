@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -228,14 +228,15 @@ class Session:
         for batch in evaluation_batches(images, labels, size, normalize=self.context.data.normalize):
             yield self.context.runtime.to_device(*batch)  # type: ignore[misc]
 
-    @torch.no_grad()
-    def accuracy(self, model: nn.Module, batches: Iterator[Batch] | list[Batch]) -> tuple[int, int]:
+    def accuracy(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[int, int]:
         """How many are right, of how many; the model is in eval mode."""
-        right = count = 0
-        for inputs, labels in batches:
-            right += int(right_or_wrong(model(inputs), labels).sum())
-            count += len(labels)
-        return right, count
+        right = self.right(model, batches)
+        return int(right.sum()), len(right)
+
+    @torch.no_grad()
+    def right(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+        """Whether the answer to each image is right, bool on the CPU; the model is in eval mode."""
+        return torch.cat([right_or_wrong(model(inputs), labels).cpu() for inputs, labels in batches])
 
     def stage(self, section: Any) -> Stage:
         """The stage of a section: named by all that its result depends on."""

@@ -14,9 +14,10 @@ from secateur.lab.report.words import level, many, percent, points
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["pays", "view"]
+__all__ = ["LEVEL", "pays", "view"]
 
-_LEVEL = 0.05
+# What Holm's correction over a section leaves below this is not taken for chance.
+LEVEL = 0.05
 _MARKERS = ("o", "^", "D", "v", "P", "X", "*")
 _WORDS = {
     "noisy mask, plain weights": "noisy mask on plain weights",
@@ -42,11 +43,11 @@ def view(section: Mapping[str, Any], name: str) -> View:
 
 def pays(cell: Mapping[str, Any]) -> bool:
     """Whether noise gains what neither its seeds nor the images explain."""
-    return cell["p_gain"] < _LEVEL
+    return cell["p_gain"] < LEVEL
 
 
 def _harms(cell: Mapping[str, Any]) -> bool:
-    return cell["p_loss"] < _LEVEL
+    return cell["p_loss"] < LEVEL
 
 
 def _findings(section: Mapping[str, Any]) -> list[str]:
@@ -58,10 +59,10 @@ def _findings(section: Mapping[str, Any]) -> list[str]:
         f"{unclear}, {many(section['count'], 'image')} and {many(len(cells[0]['accuracies']), 'network')} a cell show "
         "no difference."
     ]
-    networks, enough = len(cells[0]["accuracies"]), math.ceil(math.log2(len(cells) / _LEVEL) + 1e-9)
+    networks, enough = len(cells[0]["accuracies"]), math.ceil(math.log2(len(cells) / LEVEL) + 1e-9)
     if networks < enough:
         lines.append(
-            f"It could not be seen to pay: with {many(networks, 'network')} a cell no p-value comes below {_LEVEL:g} "
+            f"It could not be seen to pay: with {many(networks, 'network')} a cell no p-value comes below {LEVEL:g} "
             f"over {many(len(cells), 'cell')}; {enough} or more would do."
         )
     best = max(cells, key=lambda cell: cell["gain"])
