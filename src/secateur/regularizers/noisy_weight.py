@@ -15,6 +15,9 @@ from secateur.regularizers.stream import as_numbers
 
 __all__ = ["NoisyWeight"]
 
+# Up to so many weights a copy more is nothing, and one plain product is quicker than what avoids it.
+SMALL = 1 << 16
+
 
 def _is_alone(tensor: Tensor) -> bool:
     """Whether no other tensor shares its memory; in doubt not."""
@@ -76,13 +79,15 @@ class NoisyWeight:
             return self._on_its_way(gradient)
 
         self._hook = self.parameter.register_hook(multiply)
+        if self.parameter.numel() <= SMALL:
+            return [self._hook]
         return [self._hook, self.parameter.register_post_accumulate_grad_hook(self._arrived)]
 
     def _on_its_way(self, gradient: Tensor | None) -> Tensor | None:
         if gradient is None or self._multiplier is None:
             return gradient
         # A product of its own would be one more copy of the largest layer, when all gradients are there already.
-        self._in_grad = self._will_be_grad(gradient)
+        self._in_grad = gradient.numel() > SMALL and self._will_be_grad(gradient)
         return gradient if self._in_grad else self._product(gradient)
 
     def _will_be_grad(self, gradient: Tensor) -> bool:
@@ -122,7 +127,7 @@ class NoisyWeight:
         noisy = self._noisy
         if noisy is None or noisy.shape != weight.shape or noisy.dtype != weight.dtype:
             noisy = self._noisy = torch.empty_like(weight)
-        if multiplier.dtype is torch.bool and multiplier.shape == weight.shape:
+        if multiplier.dtype is torch.bool and multiplier.shape == weight.shape and weight.numel() > SMALL:
             noisy.copy_(multiplier.view(torch.uint8))
             if factor != 1.0:
                 # As the type of the weights has it, forward and backward.
