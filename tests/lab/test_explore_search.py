@@ -255,15 +255,38 @@ def test_gain_of_noise(session, tmp_path, undelivered):
 
 
 def test_a_budget_stops_and_one_trial_is_made_however_short_it_is(session, tmp_path, undelivered):
-    spec = _recipe({**WEIGHTS, "trials": None, "budget": "0.001s"}).explore[0]
+    spec = _recipe({**WEIGHTS, "trials": None, "budget": "0.001s", "seed": 7}).explore[0]
     found = search.run(session, spec, tmp_path)
     assert len(found["trials"]) == 1
     assert len(found["front"]) == 1
 
 
+def test_a_search_that_is_asked_for_more_goes_on_with_what_there_is(session, tmp_path, monkeypatch, undelivered):
+    def spec(**changes):
+        return _recipe({**WEIGHTS, "seed": 8, **changes}).explore[0]
+
+    whole = search.run(session, spec(trials=5, storage=str(tmp_path / "whole.db")), tmp_path / "whole")
+    made = []
+    values = type(make_problem(session, spec())).values
+
+    def counted(self, numbers, names):
+        made.append(numbers)
+        return values(self, numbers, names)
+
+    monkeypatch.setattr(type(make_problem(session, spec())), "values", counted)
+    few = search.run(session, spec(trials=2), tmp_path / "few")
+    more = search.run(session, spec(trials=5, title="longer", tolerance=0.5), tmp_path / "more")
+    assert len(made) == 5, "what there is is not tried again"
+    assert _values(few["trials"]) == _values(whole["trials"][:2])
+    assert _values(more["trials"]) == _values(whole["trials"])
+    assert len(search.run(session, spec(trials=None, budget="0.001s"), tmp_path / "time")["trials"]) == 6
+    assert _values(search.run(session, spec(trials=2), tmp_path / "again")["trials"]) == _values(few["trials"])
+    assert len(made) == 6
+
+
 def test_a_stop_in_a_trial_is_no_failed_trial(session, tmp_path, monkeypatch, undelivered):
-    spec = _recipe(WEIGHTS).explore[0]
-    whole = search.run(session, spec, tmp_path / "whole")
+    spec = _recipe({**WEIGHTS, "storage": str(tmp_path / "parts.db")}).explore[0]
+    whole = search.run(session, _recipe(WEIGHTS).explore[0], tmp_path / "whole")
     listener = Listener()
     monkeypatch.setattr(session.context, "listener", listener)
     problem = make_problem(session, spec)
@@ -380,7 +403,7 @@ def test_every_trial_failing_is_said_also_within_a_budget(session, tmp_path, mon
         raise DataError("no good")
 
     monkeypatch.setattr(WeightProblem, "values", fail)
-    for change in ({"trials": 2}, {"trials": None, "budget": "0.01s"}):
+    for change in ({"trials": 2, "seed": 11}, {"trials": None, "budget": "0.01s", "seed": 12}):
         spec = _recipe({**WEIGHTS, **change}).explore[0]
         with pytest.raises(SecateurError, match=r"all \d+ trials failed; the first: DataError: no good"):
             search.run(session, spec, tmp_path / str(change["trials"]))
@@ -397,7 +420,7 @@ def test_values_that_are_not_numbers_fail_their_trial_and_no_other(session, tmp_
 
     now_and_then.calls = 0
     monkeypatch.setattr(WeightProblem, "values", now_and_then)
-    spec = _recipe(WEIGHTS).explore[0]
+    spec = _recipe({**WEIGHTS, "seed": 13}).explore[0]
     found = search.run(session, spec, tmp_path)
     assert [t["trial"] for t in found["trials"] if t["values"] is None] == [1]
     assert found["trials"][1]["reason"] == "accuracy is nan"

@@ -145,3 +145,5 @@ def _forget(session: Session) -> None:
         session.training.forget()
     for section in session.recipe.explore:
         session.stage(section).forget()
+        if section.kind == "search":
+            session.study(section).forget()

@@ -33,7 +33,7 @@ def run(session: Session, spec: SearchSectionSpec, folder: Path) -> dict[str, An
     """All trials, the front with its accuracy on images held back, the network delivered."""
     problem = make_problem(session, spec)
     dense = problem.share(session.network)
-    result = _searched(session, spec, problem, folder)
+    result = _searched(session, spec, problem)
     if not result.front():
         reason = result.failed[0].reason if result.failed else "no trial was finished"
         raise SecateurError(f"search: all {len(result.trials)} trials failed; the first: {reason}")
@@ -77,7 +77,7 @@ def run(session: Session, spec: SearchSectionSpec, folder: Path) -> dict[str, An
     }
 
 
-def _searched(session: Session, spec: SearchSectionSpec, problem: Problem, folder: Path) -> SearchResult:
+def _searched(session: Session, spec: SearchSectionSpec, problem: Problem) -> SearchResult:
     listener, started = session.listener, time.monotonic()
     limit = None if spec.budget is None else seconds(spec.budget)
     trials = spec.trials
@@ -117,12 +117,16 @@ def _searched(session: Session, spec: SearchSectionSpec, problem: Problem, folde
         "variants": spec.variants,
         "criterion": dict(spec.criterion),
     }
+    study = session.study(spec)
+    with study.work():
+        # It is there, and says what it is of; workers may share what it holds from here on.
+        pass
     try:
         result = run_search(
             asked,
             problem.space(spec),
             objective,
-            storage=spec.storage or folder / "study.sqlite",
+            storage=spec.storage or study.folder / "study.sqlite",
             on_trial=told,
             should_stop=stop,
             basis=basis,

@@ -240,10 +240,20 @@ class Session:
 
     def stage(self, section: Any) -> Stage:
         """The stage of a section: named by all that its result depends on."""
-        settings = section.model_dump(mode="json", exclude={"title"})
+        return self._stage("explore", section, leave_out={"title"})
+
+    def study(self, section: Any) -> Stage:
+        """The stage that keeps the trials of a search: named by what they depend on, not by how many are asked for.
+
+        So a search that is asked for more trials, or given more time, goes on with those there are.
+        """
+        return self._stage("study", section, leave_out={"title", "trials", "budget", "tolerance"})
+
+    def _stage(self, kind: str, section: Any, leave_out: set[str]) -> Stage:
+        settings = section.model_dump(mode="json", exclude=leave_out)
         plugins = [getattr(section, "criterion", None), *getattr(section, "criteria", ())]
         return self.context.store.stage(
-            "explore",
+            kind,
             {
                 "network": self.source,
                 "layers": [list(self.recipe.include), list(self.recipe.excluded)],
