@@ -443,7 +443,7 @@ def test_a_network_that_answers_nothing_is_told_at_once(session, tmp_path):
 
 
 def test_what_is_missing_is_said_before_training(tmp_path, monkeypatch):
-    from secateur.lab.explore import session as module
+    from secateur.lab.explore import checks as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"secateur\[search\]"):

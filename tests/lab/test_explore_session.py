@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secateur.errors import NoEffectError, UsageError
+from secateur.errors import NoEffectError, UnknownNameError, UsageError
 from secateur.lab.context import Options
 from secateur.lab.explore.recipe import ExploreRecipe
+from secateur.lab.explore.run import explore, plan_exploration
 from secateur.lab.explore.session import Session
 
 NOISE = {"kind": "noise", "sigmas": [0.1], "sparsities": [0.5]}
@@ -51,9 +52,38 @@ def test_statistics_are_renewed_by_batches_of_one_size(tmp_path):
     session = _session(tmp_path, judge={"recalibrate": 300})
     assert [len(labels) for _, labels in session.renewing] == [128, 128]
     assert [len(labels) for _, labels in _session(tmp_path, judge={"recalibrate": 50}).renewing] == [50]
-    plain = _session(tmp_path, judge={"recalibrate": 50}, model={"name": "mlp"})
-    with pytest.raises(NoEffectError, match="the network has none"):
-        _ = plain.renewing
+
+
+UNITS = {"kind": "deliver", "vary": "units", "numbers": {"stem.weigth": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"judge": {"recalibrate": 50}, "model": {"name": "mlp"}}, NoEffectError, "the network has none; leave it out"),
+        ({"judge": {"recalibrate": 10_000}}, UsageError, "judge.recalibrate 10000: there are .* training images"),
+        ({"explore": [UNITS]}, UnknownNameError, 'unknown group of units in numbers "stem.weigth"; (nearest|known): '),
+        ({"explore": [{"kind": "analyses", "images": 9999}]}, UsageError, "analyses: images 9999: there are .* fewer"),
+        ({"explore": [{"kind": "oracle", "images": 9999}]}, UsageError, "oracle: images 9999: there are .* fewer"),
+        (
+            {"explore": [{"kind": "fine_tune", "sigma": 0.1, "sparsity": 0.5, "paper": True}]},
+            UsageError,
+            "fine_tune: images 5000: there are .* fewer",
+        ),
+        ({"explore": [{"kind": "masks"}]}, UsageError, 'layer "head" cannot be cut: .*; exclude the layer'),
+        ({"exclude": ["*"]}, UsageError, "no target left"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_network_is_trained(tmp_path, changes, error, said):
+    recipe = ExploreRecipe.model_validate(
+        {"name": "small", "train": {"duration": "1it"}, "explore": [NOISE], **changes}
+    )
+    options = Options(out=tmp_path, device="cpu")
+    for start in (plan_exploration, explore):
+        with pytest.raises(error, match=said) as caught:
+            start(recipe, options)
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("stages/train-*"))
 
 
 def test_the_seed_names_the_stage_also_of_given_weights(tmp_path):

@@ -26,7 +26,7 @@ from secateur.variants.outcome import Outcome
 from secateur.variants.unit_choice import UnitsByCriterion
 from secateur.variants.workbench import Workbench
 
-__all__ = ["run"]
+__all__ = ["masked", "run"]
 
 
 def run(session: Session, spec: MasksSpec, folder: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class _Study:
     def __init__(self, session: Session, spec: MasksSpec) -> None:
         self.session, self.spec = session, spec
         self.groups: Groups = session.context.groups
-        self.targets = _masked(self.groups, session.targets, spec.groups)
+        self.targets = masked(self.groups, session.targets, spec.groups)
         self.bench = Workbench(session.network, self.targets, batches=session.scored)
         self.trained = _trained(session)
         self.known, self.unseen = _seeds(session, spec, self.trained)
@@ -164,8 +164,14 @@ class _Study:
         return {"seed": seed, **{name: getattr(cut, name) for name in names}}
 
 
-def _masked(groups: Groups, targets: Targets, which: str) -> Targets:
-    """The layers that are masked, all of which can be cut."""
+def masked(groups: Groups, targets: Targets, which: str) -> Targets:
+    """The layers that are masked, all of which can be cut.
+
+    Args:
+        which: "all" targets, or those of "inner" groups alone.
+
+    Raises: `UsageError` naming a layer that cannot be cut.
+    """
     if which == "inner":
         names = {p for g in groups.inner() for p in g.producers}
         targets = Targets([t for t in targets if names & {t.name, *t.aliases}])

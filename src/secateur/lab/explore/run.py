@@ -14,6 +14,7 @@ import torch
 from secateur.analysis.latency import device_name
 from secateur.errors import CheckpointError, StorageError
 from secateur.lab.context import Options
+from secateur.lab.explore.checks import check_session
 from secateur.lab.explore.recipe import ExploreRecipe
 from secateur.lab.explore.session import Session
 from secateur.lab.listener import Listener
@@ -32,7 +33,7 @@ def exploration_folder(recipe: ExploreRecipe, options: Options) -> Path:
 def plan_exploration(recipe: ExploreRecipe, options: Options) -> list[Planned]:
     """The stages an exploration would go through, without doing any (data are read, nothing is written)."""
     session = Session(recipe, options)
-    session.check()
+    check_session(session)
     planned = []
     if session.training is not None:
         planned.append(Planned("train the network", session.training.key, session.training.done))
@@ -73,7 +74,7 @@ def explore(recipe: ExploreRecipe, options: Options, listener: Listener | None =
             write_recipe(recipe, folder / "recipe.yaml")
         except OSError as error:
             raise StorageError(f"cannot write {folder / 'recipe.yaml'}: {error.strerror}") from error
-        session.check()
+        check_session(session)
         if not options.resume:
             _forget(session)
         trained = _train(session)

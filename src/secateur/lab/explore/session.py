@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from secateur.core.duration import Duration
 from secateur.core.seeds import keyed_generator
 from secateur.core.targets import Targets, find_targets
 from secateur.criteria import CRITERIA
-from secateur.errors import DataError, MissingExtraError, NoEffectError, UsageError
+from secateur.errors import DataError, UsageError
 from secateur.lab.context import Context, Options
 from secateur.lab.data import Dataset, evaluation_batches
 from secateur.lab.data.dataset import Normalize, fingerprint, stratified
@@ -85,14 +84,6 @@ class Session:
         """Of that training."""
         spec = self.recipe.train
         return Duration.parse(spec.duration).steps(self.context.loader(spec, self.recipe.seed).steps_per_epoch)
-
-    def check(self) -> None:
-        """Raise what would otherwise be found only after training: network, weights, layers, criteria, images."""
-        if any(section.kind == "search" for section in self.recipe.explore) and find_spec("optuna") is None:
-            raise MissingExtraError("a search", "search")
-        self.context.check_model()
-        _ = self.source, self.counts
-        find_targets(self.context.model(self.recipe.seed), self.recipe.include, self.recipe.excluded)
 
     def check_outputs(self) -> None:
         """Raise `DataError` for a network whose answers are no numbers: every variant would only be wrong."""
@@ -217,8 +208,6 @@ class Session:
         count = self.recipe.judge.recalibrate
         if count is None:
             return None
-        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.network.modules()):
-            raise NoEffectError("judge.recalibrate renews BatchNorm statistics, and the network has none; leave it out")
         batches = self.training_images(count, _RENEWING)
         # The averages count batches, not images: all are equally large.
         return [batch for batch in batches if len(batch[1]) == len(batches[0][1])]
