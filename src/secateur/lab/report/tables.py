@@ -18,6 +18,7 @@ __all__ = [
     "Table",
     "accuracies",
     "achieved",
+    "csv_of",
     "csv_text",
     "densities",
     "differences",
@@ -185,7 +186,7 @@ def csv_text(results: Sequence[tuple[str, Result, Sequence[Comparison]]]) -> str
                             *_against(item),
                         ]
                     )
-    return _csv(head, lines)
+    return csv_of(head, lines)
 
 
 def layers_csv(results: Sequence[tuple[str, Result]]) -> str:
@@ -219,7 +220,7 @@ def layers_csv(results: Sequence[tuple[str, Result]]) -> str:
         for sparsity in sorted(arm.points)
         for layer, density in _density(arm, sparsity).items()
     ]
-    return _csv(head, lines)
+    return csv_of(head, lines)
 
 
 def _against(item: Comparison | None) -> list[object]:
@@ -229,7 +230,8 @@ def _against(item: Comparison | None) -> list[object]:
     return [item.against, got.mean, got.low, got.high, got.method, got.n, got.p, item.own, item.all]
 
 
-def _csv(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+def csv_of(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A line for the head and one for each of the others; numbers to six digits, nothing for None."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import CheckpointError
+from secateur.lab.report.explore.records import record_files
 from secateur.lab.report.explore.view import View
 from secateur.lab.report.page import origin, page, replace_file, slug, writable
 from secateur.lab.report.words import many, percent
@@ -27,7 +29,7 @@ def views(result: Mapping[str, Any]) -> list[View]:
         name += f"-{taken.count(name) + 1}" if name in taken else ""
         try:
             module = importlib.import_module(f"secateur.lab.report.explore.{section['kind']}")
-            found.append(module.view(section, name))
+            found.append(replace(module.view(section, name), files=record_files(section, name)))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, ModuleNotFoundError) as error:
             raise CheckpointError(
                 f'section "{section.get("title")}" of the result cannot be read ({type(error).__name__}: {error}); run '
@@ -37,7 +39,7 @@ def views(result: Mapping[str, Any]) -> list[View]:
 
 
 def write_exploration(result: Mapping[str, Any], out_dir: Path | str) -> Path:
-    """Write report.html and every plot as SVG and PNG; return the path of report.html.
+    """Write report.html, every plot as SVG and PNG and every list of records as CSV; return report.html's path.
 
     Raises:
         CheckpointError: a result that is malformed.
@@ -47,6 +49,8 @@ def write_exploration(result: Mapping[str, Any], out_dir: Path | str) -> Path:
     for picture in (picture for view in shown for picture in view.pictures):
         replace_file(folder / f"{picture.name}.svg", picture.svg.encode())
         replace_file(folder / f"{picture.name}.png", picture.png)
+    for name, content in (file for view in shown for file in view.files):
+        replace_file(folder / name, content.encode())
     recipe = result.get("recipe")
     run = {
         "network": _network(result),

@@ -19,6 +19,7 @@ class View:
         lines: what it found, in sentences, the most important first; the terminal prints them too.
         pictures, tables: in the order they appear.
         notes: how the numbers were made, in small print.
+        files: name and content of each CSV file that lies beside the page.
     """
 
     title: str
@@ -26,3 +27,4 @@ class View:
     pictures: tuple[Picture, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
