@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
@@ -18,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from secateur.errors import CheckpointError, SecateurError, StorageError, UsageError
 
-__all__ = ["open_study"]
+__all__ = ["check_storage", "open_study"]
 
 _KEY = "secateur"
 _JOURNALS = (".jsonl", ".journal", ".log")
@@ -36,8 +37,8 @@ def open_study(
     Raises: `CheckpointError` for a study begun with another recipe, or a file that holds none; `StorageError` for a
         file or server that does not answer.
     """
-    text = None if where is None else os.fspath(where).removeprefix("sqlite:///")
-    shown = "memory" if text is None else re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", text)
+    text = None if where is None else _plain(where)
+    shown = "memory" if text is None else _shown(text)
     storage: BaseStorage | None = None
     try:
         with _quiet(), _opening(text):
@@ -60,10 +61,36 @@ def open_study(
             storage.engine.dispose()
 
 
+def check_storage(where: str | os.PathLike[str]) -> None:
+    """Raise what `open_study` would for a server that does not answer or a file that holds something else.
+
+    Nothing is written.
+    """
+    text = _plain(where)
+    with _told(_shown(text)):
+        if "://" in text:
+            engine = sqlalchemy.create_engine(text)
+            try:
+                engine.connect().close()
+            finally:
+                engine.dispose()
+        else:
+            _is_journal(Path(text).absolute())
+
+
+def _plain(where: str | os.PathLike[str]) -> str:
+    return os.fspath(where).removeprefix("sqlite:///")
+
+
+def _shown(text: str) -> str:
+    """Without the password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", text)
+
+
 def _storage(text: str | None, shown: str) -> BaseStorage:
     if text is None:
         return InMemoryStorage()
-    try:
+    with _told(shown):
         if "://" in text:
             return RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
         path = Path(text).absolute()
@@ -72,14 +99,26 @@ def _storage(text: str | None, shown: str) -> BaseStorage:
             lock: Any = _JournalLock(path)
             return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
         return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _TIMEOUT}})
+
+
+@contextmanager
+def _told(shown: str) -> Iterator[None]:
+    """Errors of libraries and drivers as ours."""
+    try:
+        yield
     except SecateurError:
         raise
+    except ImportError as error:
+        cause = error.__cause__ or error
+        package = cause.name if isinstance(cause, ImportError) and cause.name else _first_line(error)
+        raise UsageError(
+            f"search: {shown}: the Python module {package}, which talks to such a server, is not there; install it "
+            "beside secateur"
+        ) from error
     except (ValueError, KeyError, AssertionError) as error:
         raise CheckpointError(
             f"search: {shown}: the file is damaged ({_first_line(error)}); move it away to start over"
         ) from error
-    except ImportError as error:
-        raise UsageError(f"search: {shown}: {_first_line(error)}") from error
     except Exception as error:
         # Drivers of databases raise classes of their own.
         raise StorageError(f"search: {shown}: {_first_line(error)}") from error

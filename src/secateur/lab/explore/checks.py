@@ -56,6 +56,13 @@ def _images(session: Session, section: Any) -> None:
     _check_images(session, f"{section.kind}: images", section.images)
 
 
+def _search(session: Session, section: Any) -> None:
+    if section.storage is not None:
+        from secateur.search.storage import check_storage
+
+        check_storage(section.storage)
+
+
 def _fine_tune(session: Session, section: Any) -> None:
     if section.paper:
         _images(session, section)
@@ -75,4 +82,11 @@ def _masks(session: Session, section: Any) -> None:
     masked(session.context.groups, _targets(session), section.groups)
 
 
-_CHECKS = {"analyses": _images, "oracle": _images, "fine_tune": _fine_tune, "deliver": _deliver, "masks": _masks}
+_CHECKS = {
+    "analyses": _images,
+    "deliver": _deliver,
+    "fine_tune": _fine_tune,
+    "masks": _masks,
+    "oracle": _images,
+    "search": _search,
+}
