@@ -170,7 +170,7 @@ def test_the_page(found):
     for begin in ("Feature variance, 90 %", "Gradient flow, 90 %", "Noise of sigma 0.05", "Masks of 2", "Second order"):
         assert any(line.startswith(begin) for line in shown.lines), begin
     names = [picture.name for picture in shown.pictures]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 11
     for picture in shown.pictures:
         assert "<svg" in picture.svg
         assert picture.png

@@ -20,6 +20,7 @@ from secateur.analysis.weight_cdf import weight_cdf
 from secateur.core.masks import Masks
 from secateur.errors import NoEffectError, UsageError
 from secateur.lab.explore.analyses_spec import AnalysesSpec
+from secateur.lab.explore.dependence import dependence
 from secateur.lab.explore.mc_dropout import mc_dropout
 from secateur.lab.explore.session import Session
 from secateur.lab.store import read_json, write_json
@@ -264,6 +265,10 @@ def _mc_dropout(work: Work) -> dict[str, Any]:
     return mc_dropout(work.session, work.spec)
 
 
+def _weight_dependence(work: Work) -> dict[str, Any]:
+    return dependence(work.session, work.spec, lambda sparsity: work.masks(0.0, sparsity, 0))
+
+
 _PARTS: dict[str, Callable[[Work], dict[str, Any]]] = {
     "feature_variance": _feature_variance,
     "gradient_flow": _gradient_flow,
@@ -273,4 +278,5 @@ _PARTS: dict[str, Callable[[Work], dict[str, Any]]] = {
     "hessian": _hessian,
     "spread": _spread,
     "mc_dropout": _mc_dropout,
+    "weight_dependence": _weight_dependence,
 }

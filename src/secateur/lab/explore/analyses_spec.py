@@ -20,6 +20,7 @@ What = Literal[
     "hessian",
     "spread",
     "mc_dropout",
+    "weight_dependence",
 ]
 Sigma = Annotated[float, Field(ge=0.0)]
 
@@ -47,6 +48,9 @@ class AnalysesSpec(SectionSpec):
         0.1, gt=0.0, lt=1.0, description="mc_dropout: share of units that masks drop, in a network without dropout"
     )
     seed: int = Field(0, ge=0, description="mc_dropout: of the noise; the first of the masks")
+    paired: tuple[str, ...] = Field(
+        (), description="weight_dependence: layers whose weights are paired; default: all, or pairs of layers if many"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> AnalysesSpec:
@@ -54,6 +58,8 @@ class AnalysesSpec(SectionSpec):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} repeat a value")
+        if self.paired and "weight_dependence" not in self.what:
+            raise ValueError("paired is for weight_dependence: name that in what too")
         noisy = any(self.sigmas)
         if "mask_overlap" in self.what and "what" in self.model_fields_set:
             if not noisy:

@@ -63,6 +63,13 @@ def _search(session: Session, section: Any) -> None:
         check_storage(section.storage)
 
 
+def _analyses(session: Session, section: Any) -> None:
+    from secateur.lab.explore.dependence import check_paired
+
+    _images(session, section)
+    check_paired(session, section)
+
+
 def _fine_tune(session: Session, section: Any) -> None:
     if section.paper:
         _images(session, section)
@@ -83,7 +90,7 @@ def _masks(session: Session, section: Any) -> None:
 
 
 _CHECKS = {
-    "analyses": _images,
+    "analyses": _analyses,
     "deliver": _deliver,
     "fine_tune": _fine_tune,
     "masks": _masks,

@@ -7,6 +7,7 @@ from typing import Any
 
 from secateur.lab.report.explore import analyses_plots as plots
 from secateur.lab.report.explore.analyses_plots import cell_name, mean
+from secateur.lab.report.explore.dependence import dependence
 from secateur.lab.report.explore.view import View
 from secateur.lab.report.tables import Table
 from secateur.lab.report.words import amount, level, many, percent, points, tiny
@@ -267,4 +268,5 @@ _PARTS: dict[str, Callable[[Part, Mapping[str, Any]], Shown]] = {
     "hessian": _hessian,
     "spread": _spread,
     "mc_dropout": _mc_dropout,
+    "weight_dependence": lambda part, section: dependence(part),
 }

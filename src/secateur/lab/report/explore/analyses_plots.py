@@ -7,6 +7,7 @@ from typing import Any
 
 from secateur.core.statistics import wilson
 from secateur.lab.report.explore.charts import Series, chart, sparsity_ticks, stretched
+from secateur.lab.report.explore.dependence import dependence_pictures
 from secateur.lab.report.picture import Picture
 from secateur.lab.report.words import level
 
@@ -259,4 +260,5 @@ _PARTS: dict[str, Callable[[Part, str], list[Picture]]] = {
     "hessian": _hessian,
     "spread": _spread,
     "mc_dropout": _mc_dropout,
+    "weight_dependence": dependence_pictures,
 }
