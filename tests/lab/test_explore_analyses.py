@@ -104,7 +104,12 @@ def test_masks_and_weights(session, found):
     assert cells[1]["kept"] == [pytest.approx(jaccard)]
     assert 0 < cells[1]["kept"][0] < 1
     assert cells[1]["by_chance"] == pytest.approx(0.1 / 1.9)
-    assert {c["seed"] for c in _part(found, "collapse")["cells"]} == {0, 1}
+    collapse = _part(found, "collapse")["cells"]
+    assert {c["seed"] for c in collapse} == {0, 1}
+    (cell,) = (c for c in collapse if (c["sigma"], c["sparsity"], c["seed"]) == (0.05, 0.9, 1))
+    with session.bench().variant(NoisyPrune(0.05, 0.9, 1)) as model:
+        shares = {t.module: (model.get_parameter(t.name) != 0).double().mean() for t in session.targets}
+    assert cell["layers"] == {layer: pytest.approx(float(share)) for layer, share in shares.items()}
 
 
 def test_second_order_and_spread(session, found, tmp_path):
@@ -170,7 +175,7 @@ def test_the_page(found):
     for begin in ("Feature variance, 90 %", "Gradient flow, 90 %", "Noise of sigma 0.05", "Masks of 2", "Second order"):
         assert any(line.startswith(begin) for line in shown.lines), begin
     names = [picture.name for picture in shown.pictures]
-    assert len(set(names)) == len(names) == 11
+    assert len(set(names)) == len(names) == 13
     for picture in shown.pictures:
         assert "<svg" in picture.svg
         assert picture.png
@@ -182,7 +187,7 @@ def test_the_page(found):
 
 
 def test_alarms_and_what_cannot_be_had():
-    alarm = {"sigma": 0.0, "sparsity": 0.9, "seed": 0}
+    alarm = {"sigma": 0.0, "sparsity": 0.9, "seed": 0, "layers": {"conv3": 0.0, "head": 0.5}}
     empty = [{"layer": "conv3", "kept": 0, "of": 50, "reason": "empty"}]
     found = {
         "criterion": "magnitude",
@@ -201,7 +206,7 @@ def test_alarms_and_what_cannot_be_had():
     assert shown.lines[0] == 'Alarm, 90 % without noise: "conv3" is empty in 1 of 1 network.'
     assert "not to be had (a layer has none)" in shown.lines[1]
     assert any("Paths were not followed: attention" in note for note in shown.notes)
-    assert shown.pictures == ()
+    assert [picture.name for picture in shown.pictures] == ["x-collapse"]
     assert [table.title for table in shown.tables] == ["Layers with too little left"]
 
 

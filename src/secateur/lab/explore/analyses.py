@@ -201,7 +201,8 @@ def _collapse(work: Work) -> dict[str, Any]:
             except UsageError as error:
                 followed = str(error)
             named = [{"layer": work.module(c.layer), "kept": c.kept, "of": c.total, "reason": c.reason} for c in found]
-            cells.append({"sigma": sigma, "sparsity": sparsity, "seed": seed, "found": named})
+            shares = {work.module(name): float(mask.double().mean()) for name, mask in masks.items()}
+            cells.append({"sigma": sigma, "sparsity": sparsity, "seed": seed, "found": named, "layers": shares})
     return {"thin": work.spec.thin, "cells": cells, "not_followed": followed or None}
 
 

@@ -9,7 +9,7 @@ from secateur.core.statistics import wilson
 from secateur.lab.report.explore.charts import Series, chart, sparsity_ticks, stretched
 from secateur.lab.report.explore.dependence import dependence_pictures
 from secateur.lab.report.picture import Picture
-from secateur.lab.report.words import level
+from secateur.lab.report.words import level, percent
 
 __all__ = ["cell_name", "mean", "pictures"]
 
@@ -243,8 +243,36 @@ def _mc_dropout(part: Part, name: str) -> list[Picture]:
     ]
 
 
-def _none(part: Part, name: str) -> list[Picture]:
-    return []
+def _collapse(part: Part, name: str) -> list[Picture]:
+    found = []
+    sigmas = list(dict.fromkeys(cell["sigma"] for cell in part["cells"]))
+    for number, sigma in enumerate(sigmas, start=1):
+        cells = [cell for cell in part["cells"] if cell["sigma"] == sigma and cell["sparsity"]]
+        series, layers = [], list(cells[0]["layers"]) if cells else []
+        for sparsity in dict.fromkeys(cell["sparsity"] for cell in cells):
+            same = [cell["layers"] for cell in cells if cell["sparsity"] == sparsity]
+            kept = [[100 * shares[layer] for shares in same] for layer in layers]
+            # Nothing has no place on a log scale.
+            at = [index for index, values in enumerate(kept) if min(values) > 0]
+            low, high = ([end(kept[index]) for index in at] if len(same) > 1 else [] for end in (min, max))
+            series.append(Series(level(sparsity), at, [mean(kept[index]) for index in at], low, high))
+        if not any(one.xs for one in series):
+            continue
+        said = f"noise of sigma {sigma:g}" if sigma else "without noise"
+        bars = " Bars: the lowest and highest of the networks." if any(one.low for one in series) else ""
+        found.append(
+            chart(
+                name if len(sigmas) == 1 else f"{name}-{number}",
+                f"What layers keep, {said}",
+                series,
+                ("layer", "weights kept, %"),
+                f"A line for each sparsity; no point where a layer lost everything. Dotted: {percent(part['thin'])}.{bars}",
+                scales=("linear", "log"),
+                ticks=_layer_ticks(layers),
+                level_at=100 * part["thin"] or None,
+            )
+        )
+    return found
 
 
 def _log_if_positive(values: Sequence[float]) -> str:
@@ -256,7 +284,7 @@ _PARTS: dict[str, Callable[[Part, str], list[Picture]]] = {
     "gradient_flow": _gradient_flow,
     "weight_cdf": _weight_cdf,
     "mask_overlap": _mask_overlap,
-    "collapse": _none,
+    "collapse": _collapse,
     "hessian": _hessian,
     "spread": _spread,
     "mc_dropout": _mc_dropout,
