@@ -266,7 +266,7 @@ def _collapse(part: Part, name: str) -> list[Picture]:
                 f"What layers keep, {said}",
                 series,
                 ("layer", "weights kept, %"),
-                f"A line for each sparsity; no point where a layer lost everything. Dotted: {percent(part['thin'])}.{bars}",
+                f"A line for each sparsity; none kept gives no point. Dotted: {percent(part['thin'])}.{bars}",
                 scales=("linear", "log"),
                 ticks=_layer_ticks(layers),
                 level_at=100 * part["thin"] or None,
