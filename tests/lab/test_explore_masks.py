@@ -123,6 +123,11 @@ def test_the_cut_is_proven_and_tests_are_adjusted(raced):
     tests = [r["known_against_unseen"] for r in result["rates"][1:]]
     assert sorted(t["p_adjusted"] for t in tests)[0] == pytest.approx(min(1.0, 2 * min(t["p"] for t in tests)))
     assert all(t["p_adjusted"] >= t["p"] for t in tests)
+    tests = [r[kind]["against_control"] for r in result["rates"][1:] for kind in ("known", "unseen")]
+    tests = sorted((t["p"], t["p_adjusted"]) for t in tests if t["p"] is not None)
+    assert tests[0][1] == pytest.approx(min(1.0, len(tests) * tests[0][0]))
+    assert tests[-1][1] >= tests[-1][0]
+    assert "p_adjusted" not in result["rates"][0]["known"]["against_control"]
 
 
 def test_the_winner_of_the_race_is_measured_elsewhere_cut_and_saved(session, raced):

@@ -247,7 +247,10 @@ def _ranks(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 
 
 def _adjust(rates: Sequence[dict[str, Any]]) -> None:
-    """Holm's correction over all rates."""
-    found = [r["known_against_unseen"] for r in rates if r["known_against_unseen"] is not None]
-    for item, adjusted in zip(found, holm([item["p"] for item in found]), strict=True):
-        item["p_adjusted"] = adjusted
+    """Holm's correction over all rates, of each question by itself."""
+    seeds = [r["known_against_unseen"] for r in rates if r["known_against_unseen"] is not None]
+    control = [r[kind]["against_control"] for r in rates if r["rate"] for kind in ("known", "unseen") if r[kind]]
+    for question in (seeds, control):
+        found = [item for item in question if item["p"] is not None]
+        for item, adjusted in zip(found, holm([item["p"] for item in found]), strict=True):
+            item["p_adjusted"] = adjusted

@@ -73,6 +73,8 @@ def _control(rate: Mapping[str, Any], kind: str) -> str:
     sure = "no interval"
     if found["low"] is not None:
         sure = f"{points(found['low'])} to {points(found['high'])}, {found['method']}, n={found['n']}"
+    if found.get("p_adjusted") is not None:
+        sure += f"; p = {tiny(found['p_adjusted'])}, Holm over all rates and kinds"
     return (
         f"{percent(rate[kind]['control']['median'])} at the counts of {_NAMES[kind]}, which are "
         f"{points(found['mean'], signed=True)} points from it on average ({sure})"
