@@ -92,6 +92,11 @@ def test_the_file_is_verified_and_measured_by_the_other_commands(asked, secateur
     answer = secateur("verify", delivered, "--json")
     assert answer.code == 0
     assert answer.json["max_abs_diff"] == 0
+    data = secateur("measure", delivered, "--rounds", 6, "--json").json
+    assert data["costs"]["pruned"]["bytes"] == data["costs"]["dense"]["bytes"], "zeros take their place in memory"
+    assert data["file_bytes"] == delivered.stat().st_size < data["costs"]["dense"]["bytes"]
+    (row,) = (r for r in secateur("measure", delivered, "--rounds", 6).out.splitlines() if r.startswith("bytes, this"))
+    assert str(data["file_bytes"]) in row
 
 
 def test_the_run_is_listed_and_reported_again(asked, secateur):

@@ -123,6 +123,7 @@ def measure(
                         n: {k: getattr(c, k) for k in ("params", "nonzero", "macs", "bytes")} for n, c in costs.items()
                     },
                     "ratios": compare_costs(costs["dense"], costs["pruned"]),
+                    "file_bytes": file.stat().st_size,
                     "latency_ms": {n: [t.median_ms, t.low_ms, t.high_ms] for n, t in times.items()},
                     "latency_ratio": {
                         "median": ratio.median,
@@ -139,8 +140,15 @@ def measure(
             return
         rows: list[list[Any]] = [
             [what, getattr(costs["dense"], key), getattr(costs["pruned"], key)]
-            for what, key in (("parameters", "params"), ("non-zero", "nonzero"), ("MACs", "macs"), ("bytes", "bytes"))
+            for what, key in (
+                ("parameters", "params"),
+                ("non-zero", "nonzero"),
+                ("MACs", "macs"),
+                ("bytes, stored dense", "bytes"),
+            )
         ]
+        # The file may hold zeros as single bits, and has the plan and an answer to check by.
+        rows.append(["bytes, this file", costs["dense"].bytes, file.stat().st_size])
         rows.append(["peak memory, bytes", memory["dense"], memory["pruned"]])
         for row in rows:
             row.append(f"x{row[1] / row[2]:.2f}")
