@@ -60,12 +60,17 @@ def test_a_failed_delivery_keeps_result_and_report(recipe):
         ("methods=[{label: plain, exclude: [nosuch*]}]", NoEffectError, "matches no prunable layer"),
         ("prune.0.include=[nosuch*]", NoEffectError, "matches no prunable layer"),
         ("prune=[{granularity: unit}, {granularity: '2:4', sparsities: [0.5]}]", UsageError, "cannot form 2:4"),
+        (
+            "methods=[{label: plain, regularizer: ddrop}]|model={name: mlp}",
+            NoEffectError,
+            r"no prunable norm .*DDrop acts on .*ddrop_scale",
+        ),
         ("data.image_size=32", NoEffectError, "resizes image folders only"),
     ],
 )
 def test_what_cannot_work_is_said_before_training(recipe, override, error, words):
     with pytest.raises(error, match=words):
-        run(recipe, override)
+        run(recipe, *override.split("|"))
     assert not list((recipe.parent / "runs").glob("stages/train-*"))
 
 

@@ -24,6 +24,7 @@ from secateur.lab.recipe import Recipe, TrainSpec
 from secateur.lab.runtime import Runtime
 from secateur.lab.store import Store
 from secateur.registry import Registry
+from secateur.regularizers.attachment import targets_of
 from secateur.surgery.engine import trace_groups
 
 __all__ = ["Context", "Options", "check_targets", "make_model"]
@@ -189,8 +190,7 @@ def make_model(
 def check_targets(recipe: Recipe, model: nn.Module, allow_code: Collection[str]) -> None:
     """Every layer pattern matches, and every granularity divides its layers: said before training."""
     for method in recipe.methods:
-        kind = make_regularizer(method.regularizer, allow_code).acts_on
-        find_targets(model, method.include, method.exclude, kind)
+        targets_of(make_regularizer(method.regularizer, allow_code), model, method.include, method.exclude)
     for prune in recipe.prune:
         shape = parse_granularity(prune.granularity)
         for target in find_targets(model, prune.include, prune.exclude):

@@ -13,7 +13,6 @@ from secateur.analysis.cost import measure_cost
 from secateur.analysis.latency import Latency, measure_latency
 from secateur.core.duration import Duration
 from secateur.core.masks import Masks
-from secateur.core.targets import find_targets
 from secateur.criteria import CRITERIA
 from secateur.errors import UsageError
 from secateur.lab.checkpoint import fitting, load_tensors, save_tensors
@@ -26,6 +25,7 @@ from secateur.lab.store import Stage
 from secateur.lab.train import TrainResult, train
 from secateur.lab.ways import unit_ranking, weight_ranking
 from secateur.regularizers import REGULARIZERS
+from secateur.regularizers.attachment import targets_of
 
 __all__ = [
     "criterion_code",
@@ -119,7 +119,7 @@ def train_under(
     regularizer = make_regularizer(method.regularizer, context.options.allow_code)
     targets = None
     if method.include != ("*",) or method.exclude:
-        targets = find_targets(model, method.include, method.exclude, regularizer.acts_on)
+        targets = targets_of(regularizer, model, method.include, method.exclude)
     used = (REGULARIZERS, method.regularizer["name"]), (MODELS, context.recipe.model.name)
     with running(f'training "{method.label}", seed {seed}', *used, allow_code=context.options.allow_code):
         return train(

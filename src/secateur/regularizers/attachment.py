@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABCMeta
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ from secateur.regularizers.base import Regularizer
 from secateur.regularizers.parallel import is_wrapped, not_averaged
 from secateur.regularizers.stream import NoiseStream
 
-__all__ = ["Attachment", "Hook"]
+__all__ = ["Attachment", "Hook", "targets_of"]
 
 
 class Hook:
@@ -292,23 +292,29 @@ class Attachment(metaclass=_Attaching):
 
 
 def _chosen(spec: Regularizer, network: nn.Module, targets: Targets | None) -> Targets:
-    method = type(spec).__name__
     if targets is None:
-        try:
-            return find_targets(network, kind=spec.acts_on)
-        except NoEffectError as error:
-            if spec.acts_on == "weight":
-                raise
-            raise NoEffectError(
-                f"{error}: {method} acts on the scales of BatchNorm layers; for a network without them, DDropScale "
-                "(ddrop_scale) adds scales of its own"
-            ) from None
+        return targets_of(spec, network)
     if not isinstance(targets, Targets):
         raise UsageError(
-            f"{method}: targets is of type {type(targets).__name__}, expected Targets; make them with "
+            f"{type(spec).__name__}: targets is of type {type(targets).__name__}, expected Targets; make them with "
             'find_targets(model, include=["layer1.*"])'
         )
     return targets
+
+
+def targets_of(
+    spec: Regularizer, model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> Targets:
+    """What the method can act on in a network, by the patterns of `find_targets`; a hint where there is nothing."""
+    try:
+        return find_targets(model, include, exclude, spec.acts_on)
+    except NoEffectError as error:
+        if spec.acts_on == "weight" or tuple(include) != ("*",) or exclude:
+            raise
+        raise NoEffectError(
+            f"{error}: {type(spec).__name__} acts on the scales of BatchNorm layers; for a network without them, "
+            "DDropScale (ddrop_scale) adds scales of its own"
+        ) from None
 
 
 def _places(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[Any, str, Any]]]:
