@@ -71,6 +71,13 @@ class MissingExtraError(SecateurError, ImportError):
         super().__init__(f"{feature} needs an optional dependency; run: pip install 'secateur[{extra}]'")
 
 
+class MissingModuleError(MissingExtraError):
+    """A Python module is not there that no extra of secateur installs."""
+
+    def __init__(self, what: str, module: str) -> None:
+        SecateurError.__init__(self, f"{what}: the Python module {module} is not there; install what provides it")
+
+
 class CheckNotMetError(SecateurError):
     """A check the caller asked for (`--fail-under`) was not met."""
 

@@ -110,7 +110,10 @@ def test_the_run_is_listed_and_reported_again(asked, secateur):
     assert answer.code == 0
     assert answer.out == f"{report}\n"
     assert len(report.read_bytes()) == pytest.approx(len(before), rel=0.01)
-    line(secateur("report", run["folder"], run["folder"], "--out", asked[1] / "x"), 2, "one at a time")
+    answer = secateur("report", run["folder"], run["folder"], "--out", asked[1] / "x")
+    assert answer.code == 2
+    assert answer.err.count("left out, explorations are reported one at a time") == 2
+    assert answer.err.splitlines()[-1].startswith("secateur: none of these 2 runs can be compared with others")
 
 
 def test_a_result_that_is_damaged_is_told(asked, secateur, tmp_path):

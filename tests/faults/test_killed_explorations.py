@@ -122,7 +122,7 @@ def test_a_killed_exploration_run_again_is_the_uninterrupted_one(whole, tmp_path
         assert child(run, recipe_in(tmp_path), tmp_path / "out", point) == -signal.SIGKILL, f"never came to {point}"
     assert child(run, recipe_in(tmp_path), tmp_path / "out", "") == 0
     assert products(tmp_path / "out") == whole
-    (study,) = (tmp_path / "out").glob("stages/study-*/study.sqlite")
+    (study,) = (tmp_path / "out").glob("stages/study-*/study-1.sqlite")
     slots = counted(study)
     assert sorted(slots) == list(range(7)), "each trial is counted once"
     (journal,) = (tmp_path / "out").glob("stages/explore-*/variants.jsonl")

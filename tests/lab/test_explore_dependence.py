@@ -145,7 +145,11 @@ def test_the_page(session, tmp_path, monkeypatch):
     assert 'the two that depend most on each other are "' in " ".join(view(section, "inside").lines)
 
 
-def test_what_cannot_be_had(session, monkeypatch):
+@pytest.mark.parametrize("weights", [20, 2000])
+def test_what_cannot_be_had(session, monkeypatch, weights):
+    from secateur.lab.explore import dependence as module
+
+    monkeypatch.setattr(module, "_WEIGHTS", weights)
     # Nothing is learned from a network whose weights are all zero.
     with torch.no_grad():
         before = {n: p.clone() for n, p in session.network.named_parameters()}
@@ -171,6 +175,9 @@ def test_refusals(tmp_path):
         AnalysesSpec.model_validate({"kind": "analyses", "what": ["spread"], "paired": ["head"]})
     with pytest.raises(UsageError, match="matches no"):
         plan_exploration(_recipe(paired=["haed"]), options)
+    left_out = ExploreRecipe.model_validate({**_recipe(paired=["head"]).model_dump(mode="json"), "exclude": ["head"]})
+    with pytest.raises(UsageError, match='paired: "head" is none of the layers that variants change'):
+        plan_exploration(left_out, options)
     wide = {"model": {"name": "mlp", "kwargs": {"hidden": [40]}}}
     recipe = ExploreRecipe.model_validate({**_recipe(paired=["*"]).model_dump(mode="json"), **wide})
     with pytest.raises(UsageError, match=r"paired: these layers have 2960 weights, expected at most 2000; name fewer"):

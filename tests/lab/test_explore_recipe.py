@@ -96,8 +96,18 @@ def refusal(path: Path, *overrides: str) -> str:
         ("trials: 4", "sigma: [0.1, 0.01]", 10, "explore[1]: sigma: expected the lower end first, got [0.1, 0.01]"),
         ("trials: 4", "sparsity: [0.5, 0.5]", 10, "explore[1]: sparsity: expected the lower end first"),
         ("trials: 4", "tolerance: 1.5", 11, "explore[1].tolerance: input should be less than or equal to 1, got 1.5"),
-        ("accuracy, sparsity", "accuracy", 10, "explore[1]: objectives: at least two, all different"),
-        ("accuracy, sparsity", "accuracy, accuracy", 10, "explore[1]: objectives: at least two, all different"),
+        (
+            "accuracy, sparsity",
+            "accuracy",
+            10,
+            "explore[1]: objectives: expected at least two, all different, got accuracy",
+        ),
+        (
+            "accuracy, sparsity",
+            "accuracy, accuracy",
+            10,
+            "explore[1]: objectives: expected at least two, all different, got accuracy",
+        ),
         ("accuracy, sparsity", "bytes, sparsity", 10, "explore[1]: objectives must have accuracy among them"),
         (
             "accuracy, sparsity",
@@ -108,7 +118,7 @@ def refusal(path: Path, *overrides: str) -> str:
         ("accuracy, sparsity", "accuracy, latency", 10, "objective latency does not go with vary weights: zeros"),
         ("trials: 4", "vary: units", None, None),
         ("trials: 4", "vary: layers", 11, "explore[1].vary: input should be 'weights' or 'units', got 'layers'"),
-        ("sigma: 0.1, sp", "sigma: -0.1, sp", 13, "explore[2]: numbers: sigma: got -0.1, expected sigma at least 0"),
+        ("sigma: 0.1, sp", "sigma: -0.1, sp", 13, "explore[2]: numbers: sigma: got -0.1, expected at least 0"),
         ("sparsity: 0.5}", "sparsity: 1}", 13, "explore[2]: numbers: sparsity: got 1, expected"),
         ("sigma: 0.1, sp", "sp", 13, "explore[2]: numbers: expected sigma and sparsity, got sparsity"),
         ("sigma: 0.1, sp", "sigma: .inf, sp", 13, "explore[2].numbers.sigma: got inf"),
@@ -214,7 +224,7 @@ def test_times():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"objectives": ["accuracy"]}, "search: objectives: at least two, all different"),
+        ({"objectives": ["accuracy"]}, "search: objectives: expected at least two, all different, got accuracy"),
         ({"objectives": "accuracy,sparsity"}, "search: objectives: expected a list of names, got 'accuracy,sparsity'"),
         ({"objectives": ["accuracy", "speed"]}, "objectives: input should be .*got 'speed'"),
         ({"objectives": ["accuracy", "gain"], "vary": "units"}, "search: objective gain does not go with vary units"),

@@ -347,7 +347,7 @@ def test_a_study_of_another_network_is_refused(session, tmp_path, undelivered):
     search.run(session, spec, tmp_path / "a")
     other = Session(_recipe(WEIGHTS, seed=2), session.context.options)
     other.train()
-    with pytest.raises(CheckpointError, match="differs in basis network"):
+    with pytest.raises(CheckpointError, match=r'differs in network \("[0-9a-f]{8}\.\.\."'):
         search.run(other, spec, tmp_path / "b")
     judged = Session(_recipe(WEIGHTS, seed=1, judge={"images": 99}), session.context.options)
     with pytest.raises(CheckpointError, match="differs in basis images"):

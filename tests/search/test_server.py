@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 import secateur
-from secateur.errors import CheckpointError, StorageError, UsageError
+from secateur.errors import CheckpointError, MissingExtraError, StorageError, UsageError
 from secateur.lab.context import Options
 from secateur.lab.explore.recipe import ExploreRecipe
 from secateur.lab.explore.run import explore
@@ -58,9 +60,13 @@ def _exploration(storage):
 @pytest.mark.parametrize(
     ("url", "error", "said"),
     [
-        ("mssql+nosuchdriver://me:secret@localhost/db", (UsageError, StorageError), "nosuchdriver"),
-        ("mysql+aiomysql://me:secret@localhost/db", UsageError, r"the Python module aiomysql, which .*; install it"),
-        ("nosuch://me:secret@localhost/db", (UsageError, StorageError), "nosuch"),
+        ("mssql+nosuchdriver://me:secret@localhost/db", UsageError, "nosuchdriver; expected a file, or a server"),
+        (
+            "mysql+aiomysql://me:secret@localhost/db",
+            MissingExtraError,
+            "the Python module aiomysql is not there; install",
+        ),
+        ("nosuch://me:secret@localhost/db", UsageError, "nosuch; expected a file, or a server"),
     ],
 )
 def test_a_server_nobody_can_talk_to_is_told_before_training(tmp_path, url, error, said):
@@ -69,6 +75,18 @@ def test_a_server_nobody_can_talk_to_is_told_before_training(tmp_path, url, erro
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("stages/train-*"))
+
+
+def test_a_database_of_something_else_is_left_alone(tmp_path):
+    file = tmp_path / "books.sqlite"
+    with closing(sqlite3.connect(file)) as base:
+        base.execute("create table loans (book text)")
+        base.commit()
+    before = file.read_bytes()
+    with pytest.raises(CheckpointError, match=r"a database of something else \(loans\); use another file"):
+        explore(_exploration(str(file)), Options(tmp_path / "out", device="cpu"))
+    assert file.read_bytes() == before
+    assert not (tmp_path / "out").exists(), "what cannot work leaves no folder"
 
 
 @pytest.mark.parametrize("content", [b"something else entirely", b""])

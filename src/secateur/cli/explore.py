@@ -29,8 +29,13 @@ def search(
         typer.Option("--weights", help=r"File with its weights, no code in it is run \[default: train it]."),
     ] = None,
     data: Annotated[str, typer.Option("--data", help="A known data set, or a folder of arrays or images.")] = "digits",
-    mean: Annotated[str | None, typer.Option("--mean", help="Of the weights' normalization: .485,.456,.406")] = None,
-    std: Annotated[str | None, typer.Option("--std", help="Of the weights' normalization.")] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            "--mean", help="What pixels in [0, 1] were normalized by: .485,.456,.406; default: the data set's."
+        ),
+    ] = None,
+    std: Annotated[str | None, typer.Option("--std", help="And divided by.")] = None,
     objectives: Annotated[
         str, typer.Option("--objectives", help="Two or more of accuracy, sparsity, gain, latency, bytes.")
     ] = "accuracy,sparsity",

@@ -61,19 +61,36 @@ def report(
 
         # A shell's runs/* also names the folder of stages.
         run = [path for path in run if path.name != "stages"] or run
-        results = [read_run(path) for path in run]
+        results = _comparable(run) if len(run) > 1 else [read_run(run[0])]
         if out is None and len(run) > 1:
             command = shlex.join(["secateur", "report", *map(str, run), "--out", "comparison"])
             raise UsageError(f"several runs: say where their comparison goes, as in: {command}")
         folder = out if out is not None else (run[0] if run[0].is_dir() else run[0].parent) / "report"
         explored = [result for result in results if result.get("kind") == "exploration"]
-        if explored and len(results) > 1:
-            raise UsageError("explorations are reported one at a time; name one of them")
         path = write_exploration(explored[0], folder) if explored else write_report(results, folder)
         if json_:
             out_json({"report": str(path)})
         else:
             typer.echo(str(path))
+
+
+def _comparable(runs: list[Path]) -> list[dict[str, Any]]:
+    """The results of runs that one page can compare; why others are not on it is said on stderr."""
+    from secateur.lab.run import read_run
+
+    results = []
+    for path in runs:
+        if path.is_dir() and (path / "recipe.yaml").is_file() and not (path / "result.json").is_file():
+            typer.echo(f"{path}: left out, it is not finished", err=True)
+            continue
+        result = read_run(path)
+        if result.get("kind") == "exploration":
+            typer.echo(f"{path}: left out, explorations are reported one at a time", err=True)
+        else:
+            results.append(result)
+    if not results:
+        raise UsageError(f"none of these {len(runs)} runs can be compared with others; name one of them")
+    return results
 
 
 def verify(file: File, allow_code: AllowCode = [], json_: Json = False) -> None:  # noqa: B006
@@ -147,12 +164,16 @@ def measure(
                 ("bytes, stored dense", "bytes"),
             )
         ]
+        # The weights of the dense network are not in the file: it is built anew.
+        rows[1][1] = costs["dense"].params
         # The file may hold zeros as single bits, and has the plan and an answer to check by.
         rows.append(["bytes, this file", costs["dense"].bytes, file.stat().st_size])
         rows.append(["peak memory, bytes", memory["dense"], memory["pruned"]])
         for row in rows:
             row.append(f"x{row[1] / row[2]:.2f}")
-        rows.append(["latency, ms", f"{times['dense'].median_ms:.3f}", f"{times['pruned'].median_ms:.3f}", str(ratio)])
+        rows.append(
+            ["latency, ms, medians", f"{times['dense'].median_ms:.3f}", f"{times['pruned'].median_ms:.3f}", str(ratio)]
+        )
         title = f"{times['dense'].device}, {threads} thread(s), batch {batch_size}"
         table(title, ("", "dense", "pruned", "dense / pruned"), rows)
 

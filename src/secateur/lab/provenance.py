@@ -37,7 +37,8 @@ def provenance(device: str, threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "threads": threads,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # Under `python -m` the name is that of a file in the package.
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "secateur"), *sys.argv[1:]],
         "git": git_state(Path.cwd()),
     }
 

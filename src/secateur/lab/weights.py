@@ -45,6 +45,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             for what, names in (("it lacks", missing), ("it has besides", unexpected))
             if names
         ]
+        if any(name.startswith("secateur.") for name in unexpected):
+            raise CheckpointError(
+                f"{file}: the file of a pruned network (load_pruned); expected weights of a whole one"
+            )
         raise CheckpointError(f"{file}: not the weights of this {type(model).__name__}: {'; '.join(said)}")
     for name, tensor in own.items():
         if state[name].shape != tensor.shape:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
-from secateur.errors import CheckpointError, SecateurError, StorageError, UsageError
+from secateur.errors import CheckpointError, MissingModuleError, SecateurError, StorageError, UsageError
+from secateur.search.location import is_url, location, without_password
 
 __all__ = ["check_storage", "open_study"]
 
@@ -37,8 +39,8 @@ def open_study(
     Raises: `CheckpointError` for a study begun with another recipe, or a file that holds none; `StorageError` for a
         file or server that does not answer.
     """
-    text = None if where is None else _plain(where)
-    shown = "memory" if text is None else _shown(text)
+    text = None if where is None else location(where)
+    shown = "memory" if text is None else without_password(text)
     storage: BaseStorage | None = None
     try:
         with _quiet(), _opening(text):
@@ -54,7 +56,9 @@ def open_study(
             _check(study, fingerprint, shown)
         yield study
     except (StorageInternalError, Timeout) as error:
-        raise StorageError(f"search: {shown}: {_first_line(error.__cause__ or error)}") from error
+        raise StorageError(
+            f"search: {shown}: {_first_line(error.__cause__ or error)}; run it again once it can be written"
+        ) from error
     finally:
         if isinstance(storage, RDBStorage):
             storage.remove_session()
@@ -66,32 +70,29 @@ def check_storage(where: str | os.PathLike[str]) -> None:
 
     Nothing is written.
     """
-    text = _plain(where)
-    with _told(_shown(text)):
-        if "://" in text:
+    text = location(where)
+    with _told(without_password(text)):
+        if is_url(text):
             engine = sqlalchemy.create_engine(text)
             try:
-                engine.connect().close()
+                # To ask a SQLite file would make it.
+                if engine.dialect.name != "sqlite":
+                    engine.connect().close()
             finally:
                 engine.dispose()
-        else:
-            _is_journal(Path(text).absolute())
-
-
-def _plain(where: str | os.PathLike[str]) -> str:
-    return os.fspath(where).removeprefix("sqlite:///")
-
-
-def _shown(text: str) -> str:
-    """Without the password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", text)
+            return
+        path = Path(text).absolute()
+        _is_journal(path)
+        there = next(parent for parent in path.parents if parent.exists())
+        if not os.access(there, os.W_OK):
+            raise StorageError(f"search: {path}: {there} cannot be written; name another storage")
 
 
 def _storage(text: str | None, shown: str) -> BaseStorage:
     if text is None:
         return InMemoryStorage()
     with _told(shown):
-        if "://" in text:
+        if is_url(text):
             return RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
         path = Path(text).absolute()
         if _is_journal(path):
@@ -110,18 +111,26 @@ def _told(shown: str) -> Iterator[None]:
         raise
     except ImportError as error:
         cause = error.__cause__ or error
-        package = cause.name if isinstance(cause, ImportError) and cause.name else _first_line(error)
+        module = cause.name if isinstance(cause, ImportError) and cause.name else _first_line(error)
+        raise MissingModuleError(f"search: {shown}: to talk to such a server", module) from error
+    except sqlalchemy.exc.NoSuchModuleError as error:
         raise UsageError(
-            f"search: {shown}: the Python module {package}, which talks to such a server, is not there; install it "
-            "beside secateur"
+            f"search: {shown}: {_first_line(error)}; expected a file, or a server as in postgresql://user@host/database"
         ) from error
     except (ValueError, KeyError, AssertionError) as error:
+        if is_url(shown):
+            raise _unanswered(shown, error) from error
         raise CheckpointError(
             f"search: {shown}: the file is damaged ({_first_line(error)}); move it away to start over"
         ) from error
     except Exception as error:
         # Drivers of databases raise classes of their own.
-        raise StorageError(f"search: {shown}: {_first_line(error)}") from error
+        raise _unanswered(shown, error) from error
+
+
+def _unanswered(shown: str, error: Exception) -> StorageError:
+    what = "the URL, and that the server runs" if is_url(shown) else "that it can be read and written"
+    return StorageError(f"search: {shown}: {_first_line(error)}; check {what}")
 
 
 def _is_journal(path: Path) -> bool:
@@ -136,7 +145,18 @@ def _is_journal(path: Path) -> bool:
         return path.suffix in _JOURNALS
     if start != _SQLITE and not start.startswith(_LOG):
         raise CheckpointError(f"search: {path} is neither a SQLite file nor a journal of studies; use another file")
+    if start == _SQLITE and (tables := _tables(path)) and "studies" not in tables:
+        raise CheckpointError(f"search: {path} is a database of something else ({tables[0]}); use another file")
     return start != _SQLITE
+
+
+def _tables(path: Path) -> list[str]:
+    """Of a SQLite file; none if it cannot be read, which opening it will tell."""
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=_TIMEOUT)) as base:
+            return [name for (name,) in base.execute("select name from sqlite_master where type = 'table'")]
+    except sqlite3.DatabaseError:
+        return []
 
 
 def _mend(path: Path) -> None:
@@ -172,7 +192,7 @@ class _JournalLock:
 @contextmanager
 def _opening(text: str | None) -> Iterator[None]:
     """One process at a time makes the tables and the study, and no other writes while a journal is mended."""
-    if text is None or "://" in text:
+    if text is None or is_url(text):
         yield
         return
     path = Path(text).absolute()
@@ -204,24 +224,26 @@ def _check(study: optuna.Study, fingerprint: Mapping[str, Any], shown: str) -> N
     if stored is None:
         if study.get_trials(deepcopy=False):
             raise CheckpointError(
-                f'search: study "{study.study_name}" in {shown} was not begun by secateur; use another name or file'
+                f'search: study "{study.study_name}" in {shown} was not begun by secateur; name another study'
             )
         study.set_user_attr(_KEY, asked)
         stored = study.user_attrs[_KEY]
     differing = [
-        f"{key} ({_short(stored.get(key))} there, {_short(asked.get(key))} asked for)"
+        f"{key.removeprefix('basis ')} ({_short(stored.get(key))} there, {_short(asked.get(key))} asked for)"
         for key in sorted(stored.keys() | asked.keys())
         if stored.get(key) != asked.get(key)
     ]
     if differing:
         raise CheckpointError(
-            f'search: study "{study.study_name}" in {shown} differs in {"; ".join(differing)}; use another name or file'
+            f'search: study "{study.study_name}" in {shown} differs in {"; ".join(differing)}; name another study'
         )
 
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         value = {key: entry for key, entry in value.items() if key != "name"}
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value):
+        value = f"{value[:8]}..."
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -151,7 +151,11 @@ def load_pruned(
 
 def _file(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
-    return file / "model.safetensors" if file.is_dir() else file
+    if not file.is_dir():
+        return file
+    if not (file / "model.safetensors").is_file():
+        raise CheckpointError(f"{file}: a folder without model.safetensors; name the file, as the run's report does")
+    return file / "model.safetensors"
 
 
 def _check_rebuild(model: nn.Module, builder: str, kwargs: Mapping[str, Any], plans: Sequence[Plan]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from secateur.core.targets import Targets, find_targets
-from secateur.errors import MissingExtraError, NoEffectError, UnknownNameError, UsageError
+from secateur.errors import MissingExtraError, NoEffectError, UsageError
 from secateur.lab.explore.session import Session
 
 __all__ = ["check_session"]
@@ -24,7 +24,8 @@ def check_session(session: Session) -> None:
     _targets(session)
     _check_renewing(session)
     for section in recipe.explore:
-        _CHECKS.get(section.kind, _nothing)(session, section)
+        if not session.stage(section).done:
+            _CHECKS.get(section.kind, _nothing)(session, section)
 
 
 def _targets(session: Session) -> Targets:
@@ -56,7 +57,17 @@ def _images(session: Session, section: Any) -> None:
     _check_images(session, f"{section.kind}: images", section.images)
 
 
+def _oracle(session: Session, section: Any) -> None:
+    recipe = session.recipe
+    _images(session, section)
+    find_targets(session.context.model(recipe.seed), recipe.include, (*recipe.excluded, *section.exclude))
+
+
 def _search(session: Session, section: Any) -> None:
+    from secateur.lab.explore.problems import units_of
+
+    if section.vary == "units":
+        units_of(session)
     if section.storage is not None:
         from secateur.search.storage import check_storage
 
@@ -76,11 +87,10 @@ def _fine_tune(session: Session, section: Any) -> None:
 
 
 def _deliver(session: Session, section: Any) -> None:
+    from secateur.lab.explore.problems import check_names, units_of
+
     if section.vary == "units":
-        known = session.context.groups.names
-        for name in section.numbers:
-            if name not in known:
-                raise UnknownNameError("group of units in numbers", name, known)
+        check_names(section.numbers, units_of(session))
 
 
 def _masks(session: Session, section: Any) -> None:
@@ -94,6 +104,6 @@ _CHECKS = {
     "deliver": _deliver,
     "fine_tune": _fine_tune,
     "masks": _masks,
-    "oracle": _images,
+    "oracle": _oracle,
     "search": _search,
 }

@@ -13,7 +13,7 @@ from secateur.analysis.hessian import hessian_form
 from secateur.analysis.weight_dependence import WeightDependence, weight_dependence
 from secateur.core.masks import Masks
 from secateur.core.targets import Targets, find_targets
-from secateur.errors import UsageError
+from secateur.errors import DataError, UsageError
 from secateur.lab.explore.analyses_spec import AnalysesSpec
 from secateur.lab.explore.session import Session
 
@@ -21,6 +21,7 @@ __all__ = ["check_paired", "dependence"]
 
 # Weights that are paired one by one, at most; rows and columns of the picture; images at a time.
 _WEIGHTS, _CELLS, _TOGETHER = 2000, 120, 128
+_NOTHING: dict[str, Any] = {"of": "nothing", "matrix": [], "cells": [], "none": "all products of pairs are 0"}
 
 
 def dependence(session: Session, spec: AnalysesSpec, kept: Callable[[float], Masks]) -> dict[str, Any]:
@@ -34,15 +35,18 @@ def dependence(session: Session, spec: AnalysesSpec, kept: Callable[[float], Mas
     found: dict[str, Any] = {"layers": names, "weights": sum(t.numel for t in targets), "none": None}
     try:
         if found["weights"] > _WEIGHTS:
-            return {**found, "of": "layers", "matrix": _between_layers(session, spec, targets), "cells": []}
+            between = _between_layers(session, spec, targets)
+            if not any(value for row in between for value in row):
+                return {**found, **_NOTHING}
+            return {**found, "of": "layers", "matrix": between, "cells": []}
         batches = session.training_images(spec.images, min(_TOGETHER, spec.images))
         pairs = weight_dependence(session.network, batches, targets=targets, limit=_WEIGHTS)
-    except UsageError as error:
-        return {**found, "of": "nothing", "matrix": [], "cells": [], "none": str(error)}
+    except (UsageError, DataError) as error:
+        return {**found, **_NOTHING, "none": str(error)}
     size = pairs.matrix.abs()
     total = float(size.sum())
     if not total:
-        return {**found, "of": "nothing", "matrix": [], "cells": [], "none": "all products of pairs are 0"}
+        return {**found, **_NOTHING}
     means, starts = _averaged(size, pairs)
     sparsities = [sparsity for sparsity in sorted(spec.sparsities) if sparsity]
     return {
@@ -70,7 +74,16 @@ def check_paired(session: Session, spec: AnalysesSpec) -> None:
 
 
 def _paired(network: nn.Module, session: Session, spec: AnalysesSpec) -> Targets:
-    return find_targets(network, spec.paired or session.recipe.include, session.recipe.excluded)
+    targets = find_targets(network, session.recipe.include, session.recipe.excluded)
+    if not spec.paired:
+        return targets
+    paired = find_targets(network, spec.paired)
+    if outside := [target.module for target in paired if target.name not in targets.names]:
+        raise UsageError(
+            f'analyses: paired: "{outside[0]}" is none of the layers that variants change; take it out of exclude, or '
+            "into include"
+        )
+    return paired
 
 
 def _between_layers(session: Session, spec: AnalysesSpec, targets: Targets) -> list[list[float]]:
@@ -112,7 +125,7 @@ def _parted(shares: Tensor, pairs: WeightDependence, masks: Masks) -> dict[str, 
     return {
         "share_removed": gone / count,
         "removed": removed,
-        "across": 1.0 - removed - stay,
+        "across": max(0.0, 1.0 - removed - stay),
         "kept": stay,
         "across_by_chance": chance * float(1.0 - shares.diagonal().sum()),
     }

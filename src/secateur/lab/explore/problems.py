@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from secateur.analysis.latency import latency_ratio, measure_latency
 from secateur.core.groups import Groups
+from secateur.core.targets import find_targets
+from secateur.criteria.magnitude import Magnitude
 from secateur.errors import NoEffectError, SecateurError, UsageError
 from secateur.lab.explore.session import Session
 from secateur.lab.explore.specs import PointSpec
@@ -27,7 +29,7 @@ from secateur.variants.evaluate import evaluate_variants
 from secateur.variants.kinds import NoisyPrune
 from secateur.variants.renew import renew_statistics_, renewed_statistics
 
-__all__ = ["DIRECTIONS", "Made", "Problem", "make_problem", "stored_bytes"]
+__all__ = ["DIRECTIONS", "Made", "Problem", "check_names", "make_problem", "stored_bytes", "units_of"]
 
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
     "accuracy": "maximize",
@@ -103,7 +105,7 @@ class WeightProblem(Problem):
         return Space((Float("sigma", *spec.sigma), Float("sparsity", *spec.sparsity)))
 
     def _variants(self, numbers: Mapping[str, float]) -> list[NoisyPrune]:
-        _check_names(numbers, ("sigma", "sparsity"))
+        check_names(numbers, ("sigma", "sparsity"))
         return [
             NoisyPrune(numbers["sigma"], numbers["sparsity"], seed, self._criterion)
             for seed in range(self.spec.variants)
@@ -155,29 +157,14 @@ class UnitProblem(Problem):
             targets=session.targets,
             batches=session.scored,
         )
-        self._ranking: UnitRanking = self._alone(ranking)
-
-    def _alone(self, ranking: UnitRanking) -> UnitRanking:
-        """Without the groups that cannot be cut whatever the others lose, as where sizes are written into the code."""
-        good, session = [], self.session
-        for group in ranking.groups:
-            session.listener.check_stop()
-            kept = ranking.kept({g.name: 0.5 if g is group else 0.0 for g in ranking.groups})
-            try:
-                cut_copy(session.context, session.network, ranking.groups, kept)
-                good.append(group)
-            except SecateurError as error:
-                self.notes.append(f'the units of "{group.name}" stay: {str(error).partition(";")[0]}')
-        if not good:
-            raise NoEffectError(f"no group of units can be cut: {'; '.join(self.notes[:2])}")
-        scores = {group.name: ranking.scores[group.name] for group in good}
-        return replace(ranking, groups=Groups(good, ranking.groups.untraced), scores=scores)
+        self._ranking, notes = _cuttable(session, session.network, ranking)
+        self.notes += notes
 
     def space(self, spec: Any) -> Space:
         return Space(tuple(Float(name, *spec.sparsity) for name in self._ranking.groups.names))
 
     def _kept(self, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-        _check_names(numbers, self._ranking.groups.names)
+        check_names(numbers, self._ranking.groups.names)
         return self._ranking.kept(dict(numbers))
 
     def values(self, numbers: Mapping[str, float], names: Collection[str]) -> dict[str, Any]:
@@ -211,7 +198,35 @@ def make_problem(session: Session, spec: PointSpec) -> Problem:
     return (WeightProblem if spec.vary == "weights" else UnitProblem)(session, spec)
 
 
-def _check_names(numbers: Mapping[str, float], expected: Collection[str]) -> None:
+def units_of(session: Session) -> Sequence[str]:
+    """The groups whose units a search varies: they depend on the network's shape, not on its weights.
+
+    Raises: `NoEffectError` if there are none.
+    """
+    network, recipe = session.context.model(session.recipe.seed).eval(), session.recipe
+    targets = find_targets(network, recipe.include, recipe.excluded)
+    ranking = rank_units(network, Magnitude(), session.context.groups, targets=targets)
+    return _cuttable(session, network, ranking)[0].groups.names
+
+
+def _cuttable(session: Session, network: nn.Module, ranking: UnitRanking) -> tuple[UnitRanking, list[str]]:
+    """Without the groups that cannot be cut whatever the others lose, as where sizes are written into the code."""
+    good, notes = [], []
+    for group in ranking.groups:
+        session.listener.check_stop()
+        kept = ranking.kept({g.name: 0.5 if g is group else 0.0 for g in ranking.groups})
+        try:
+            cut_copy(session.context, network, ranking.groups, kept)
+            good.append(group)
+        except SecateurError as error:
+            notes.append(f'the units of "{group.name}" stay: {str(error).partition(";")[0]}')
+    if not good:
+        raise NoEffectError(f"no group of units can be cut: {'; '.join(notes[:2]) or 'no layer has one of its own'}")
+    scores = {group.name: ranking.scores[group.name] for group in good}
+    return replace(ranking, groups=Groups(good, ranking.groups.untraced), scores=scores), notes
+
+
+def check_names(numbers: Mapping[str, float], expected: Collection[str]) -> None:
     missing, unknown = sorted(set(expected) - numbers.keys()), sorted(numbers.keys() - set(expected))
     if missing or unknown:
         said = f"lack {missing[0]}" if missing else f"have {unknown[0]} besides"

@@ -65,6 +65,9 @@ class ExploreRecipe(Spec):
         if len(set(titles)) < len(titles):
             twice = next(t for t in titles if titles.count(t) > 1)
             raise ValueError(f'two sections are called "{twice}": give each a title of its own')
+        kept = [(s.storage, s.study) for s in self.explore if s.kind == "search" and s.storage is not None]
+        if len(set(kept)) < len(kept):
+            raise ValueError("two searches keep their trials in one study: give one another name (study)")
         return self
 
     @property

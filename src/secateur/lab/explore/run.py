@@ -66,15 +66,16 @@ def explore(recipe: ExploreRecipe, options: Options, listener: Listener | None =
     listener = listener or Listener()
     folder = exploration_folder(recipe, options)
     started = time.perf_counter()
+    session = Session(recipe, options, listener)
+    # Before there is a folder: what cannot work leaves none.
+    check_session(session)
     with locked(folder, wait=0):
-        session = Session(recipe, options, listener)
         origin = provenance(device_name(session.context.runtime.device), torch.get_num_threads())
         write_json(folder / "env.json", origin)
         try:
             write_recipe(recipe, folder / "recipe.yaml")
         except OSError as error:
             raise StorageError(f"cannot write {folder / 'recipe.yaml'}: {error.strerror}") from error
-        check_session(session)
         if not options.resume:
             _forget(session)
         trained = _train(session)
@@ -142,9 +143,11 @@ def _section(session: Session, section: Any) -> dict[str, Any]:
 
 
 def _forget(session: Session) -> None:
+    from secateur.lab.explore.search import begin_anew
+
     if session.training is not None:
         session.training.forget()
     for section in session.recipe.explore:
         session.stage(section).forget()
         if section.kind == "search":
-            session.study(section).forget()
+            begin_anew(session, section)

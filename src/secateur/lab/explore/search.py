@@ -16,10 +16,11 @@ from secateur.lab.explore.problems import DIRECTIONS, Problem, make_problem, sto
 from secateur.lab.explore.session import Session
 from secateur.lab.explore.specs import SearchSectionSpec, seconds
 from secateur.lab.listener import Interrupted
-from secateur.lab.store import read_json, write_json
+from secateur.lab.recipe import canonical_hash
+from secateur.lab.store import Stage, read_json, write_json
 from secateur.search import SearchResult, SearchSpec, TrialRecord, run_search
 
-__all__ = ["run"]
+__all__ = ["begin_anew", "run"]
 
 _GENERATIONS = 10
 _ENDLESS = 1_000_000
@@ -46,12 +47,14 @@ def run(session: Session, spec: SearchSectionSpec, folder: Path) -> dict[str, An
     for number, trial in enumerate(front):
         session.listener.check_stop()
         session.listener.advanced(number, f"front point {number + 1} of {len(front)} on images held back")
-        if str(trial.trial) not in known:
+        # A study that was begun anew has other trials of the same numbers.
+        made = canonical_hash([trial.trial, trial.numbers, trial.values, trial.extras])
+        if made not in known:
             right, count = session.accuracy(problem.make(trial.numbers, trial.extras).network, session.held)
-            known[str(trial.trial)] = right / count
+            known[made] = right / count
             write_json(book, known)
         path = _recipe(session, spec, trial, number, folder)
-        points.append({**trial.record(), "held_accuracy": known[str(trial.trial)], "recipe": path.name})
+        points.append({**trial.record(), "held_accuracy": known[made], "recipe": path.name})
     if "latency" in spec.objectives:
         # In a trial a network is timed alone, whatever else the machine does then; here all are timed in turn.
         networks = [problem.make(trial.numbers, trial.extras).network for trial in front]
@@ -117,16 +120,13 @@ def _searched(session: Session, spec: SearchSectionSpec, problem: Problem) -> Se
         "variants": spec.variants,
         "criterion": dict(spec.criterion),
     }
-    study = session.study(spec)
-    with study.work():
-        # It is there, and says what it is of; workers may share what it holds from here on.
-        pass
     try:
         result = run_search(
             asked,
             problem.space(spec),
             objective,
-            storage=spec.storage or study.folder / "study.sqlite",
+            storage=spec.storage or _newest(session.study(spec)),
+            study=spec.study,
             on_trial=told,
             should_stop=stop,
             basis=basis,
@@ -134,7 +134,27 @@ def _searched(session: Session, spec: SearchSectionSpec, problem: Problem) -> Se
     except _Stopped as stopped:
         raise Interrupted(str(stopped)) from None
     listener.check_stop()
+    if (earlier := len(result.trials) - finished) > 0:
+        listener.message(f"{earlier} of {len(result.trials)} trials were there already, or are other workers'")
     return result
+
+
+def begin_anew(session: Session, spec: SearchSectionSpec) -> None:
+    """Let a search that has no storage of its own begin anew; what others are at, or have left, stays where it is."""
+    study = session.study(spec)
+    if spec.storage is None and study.folder.is_dir() and (newest := _newest(study)).exists():
+        with study.work():
+            newest.with_name(f"study-{_number(newest) + 1}.sqlite").touch()
+
+
+def _newest(study: Stage) -> Path:
+    """The file with the trials of a search: the last that was begun."""
+    with study.work():
+        return max(study.folder.glob("study-*.sqlite"), key=_number, default=study.folder / "study-1.sqlite")
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
 
 
 def _values(trial: TrialRecord) -> dict[str, float]:
@@ -174,6 +194,11 @@ def _recipe(session: Session, spec: SearchSectionSpec, trial: TrialRecord, numbe
     own = {"kind": "deliver", **spec.model_dump(mode="json", include={"vary", "criterion", "variants"})}
     recipe["name"] = f"{recipe['name']}-{number}"[:100]
     recipe["explore"] = [{**own, "numbers": dict(trial.numbers)}]
+    if session.recipe.weights is not None:
+        # It lies in another folder than the recipe it comes from, and nothing is trained.
+        recipe["weights"]["file"] = str(session.weights_path)
+        for name in ("train", "regularizer", "train_exclude"):
+            del recipe[name]
     text = io.StringIO()
     YAML().dump(recipe, text)
     path = folder / f"point-{number}.yaml"

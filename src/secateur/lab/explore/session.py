@@ -29,6 +29,7 @@ from secateur.lab.recipe import MethodSpec
 from secateur.lab.stages import run_train, train_stage, trained_model
 from secateur.lab.store import Stage
 from secateur.lab.weights import load_weights
+from secateur.search.location import without_password
 from secateur.variants.evaluate import right_or_wrong
 from secateur.variants.inputs import fitting_batch
 from secateur.variants.workbench import Workbench
@@ -73,6 +74,14 @@ class Session:
         folder = self.context.data_folder
         found = [p for p in (given, *([folder / given] if folder is not None else [])) if p.is_file()]
         return found[0] if found else given
+
+    @property
+    def weights_path(self) -> Path:
+        """That file from anywhere: as it was given, if the data folder has it."""
+        assert self.recipe.weights is not None
+        given, found = Path(self.recipe.weights.file), self.weights_file
+        folder = self.context.data_folder
+        return given if found is None or (folder is not None and found == folder / given) else found.resolve()
 
     @property
     def training(self) -> Stage | None:
@@ -229,17 +238,20 @@ class Session:
 
     def stage(self, section: Any) -> Stage:
         """The stage of a section: named by all that its result depends on."""
-        return self._stage("explore", section, leave_out={"title"})
+        return self._stage("explore", section, leave_out={"title", "study"})
 
     def study(self, section: Any) -> Stage:
         """The stage that keeps the trials of a search: named by what they depend on, not by how many are asked for.
 
         So a search that is asked for more trials, or given more time, goes on with those there are.
         """
-        return self._stage("study", section, leave_out={"title", "trials", "budget", "tolerance"})
+        return self._stage("study", section, leave_out={"title", "study", "trials", "budget", "tolerance"})
 
     def _stage(self, kind: str, section: Any, leave_out: set[str]) -> Stage:
         settings = section.model_dump(mode="json", exclude=leave_out)
+        if settings.get("storage") is not None:
+            # It is written down beside the stage, and passwords must not be.
+            settings["storage"] = without_password(settings["storage"])
         plugins = [getattr(section, "criterion", None), *getattr(section, "criteria", ())]
         return self.context.store.stage(
             kind,

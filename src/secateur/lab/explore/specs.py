@@ -48,7 +48,10 @@ class WeightsSpec(Spec):
     """Weights trained elsewhere, and how that training saw its images."""
 
     file: str = Field(description=".safetensors or torch.save, in the working or the data folder; no code in it is run")
-    mean: tuple[float, ...] | None = Field(None, description="subtracted from pixels in [0, 1], a number a channel")
+    mean: tuple[float, ...] | None = Field(
+        None,
+        description="subtracted from pixels in [0, 1], a number a channel; default: as secateur does for the data set",
+    )
     std: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(None, description="divided by afterwards")
 
     @model_validator(mode="after")
@@ -128,7 +131,8 @@ class DeliverSpec(PointSpec):
             raise ValueError(f"numbers: expected sigma and sparsity, got {', '.join(self.numbers) or 'none'}")
         for name, value in self.numbers.items():
             if value < 0.0 or (name != "sigma" and value >= 1.0):
-                raise ValueError(f"numbers: {name}: got {value:g}, expected sigma at least 0, a sparsity in [0, 1)")
+                expected = "at least 0" if name == "sigma" else "a sparsity in [0, 1)"
+                raise ValueError(f"numbers: {name}: got {value:g}, expected {expected}")
         return self
 
 
@@ -150,13 +154,14 @@ class SearchSectionSpec(PointSpec):
     sigma: tuple[Sigma, Sigma] = Field((1e-4, 1e-2), description="weights: searched between these")
     sparsity: tuple[Sparsity, Sparsity] = Field((0.01, 0.99), description="searched between these")
     storage: str | None = Field(None, description="a SQLite file, a journal (.jsonl) or a server's URL, to share")
+    study: str = Field("search", min_length=1, description="its name in the storage, which may hold several")
     seed: int = Field(0, ge=0, description="of the search")
     tolerance: float = Field(0.01, ge=0.0, le=1.0, description="deliver the smallest that loses no more accuracy")
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSectionSpec:
         if len(set(self.objectives)) < len(self.objectives) or len(self.objectives) < 2:
-            raise ValueError("objectives: at least two, all different; the best by one is found by a noise section")
+            raise ValueError(f"objectives: expected at least two, all different, got {', '.join(self.objectives)}")
         if "accuracy" not in self.objectives:
             raise ValueError("objectives must have accuracy among them: nothing else keeps the network useful")
         wrong = {"gain"} if self.vary == "units" else {"latency"}

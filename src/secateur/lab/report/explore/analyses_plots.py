@@ -247,18 +247,19 @@ def _collapse(part: Part, name: str) -> list[Picture]:
     found = []
     sigmas = list(dict.fromkeys(cell["sigma"] for cell in part["cells"]))
     for number, sigma in enumerate(sigmas, start=1):
-        cells = [cell for cell in part["cells"] if cell["sigma"] == sigma and cell["sparsity"]]
+        cells = [c for c in part["cells"] if c["sigma"] == sigma and c["sparsity"] and "layers" in c]
         series, layers = [], list(cells[0]["layers"]) if cells else []
         for sparsity in dict.fromkeys(cell["sparsity"] for cell in cells):
             same = [cell["layers"] for cell in cells if cell["sparsity"] == sparsity]
             kept = [[100 * shares[layer] for shares in same] for layer in layers]
             # Nothing has no place on a log scale.
-            at = [index for index, values in enumerate(kept) if min(values) > 0]
-            low, high = ([end(kept[index]) for index in at] if len(same) > 1 else [] for end in (min, max))
+            at = [index for index, values in enumerate(kept) if max(values) > 0]
+            low, high = ([end(kept[index]) or None for index in at] if len(same) > 1 else [] for end in (min, max))
             series.append(Series(level(sparsity), at, [mean(kept[index]) for index in at], low, high))
         if not any(one.xs for one in series):
             continue
         said = f"noise of sigma {sigma:g}" if sigma else "without noise"
+        thin = f" Dotted: {percent(part['thin'])}." if part["thin"] else ""
         bars = " Bars: the lowest and highest of the networks." if any(one.low for one in series) else ""
         found.append(
             chart(
@@ -266,7 +267,7 @@ def _collapse(part: Part, name: str) -> list[Picture]:
                 f"What layers keep, {said}",
                 series,
                 ("layer", "weights kept, %"),
-                f"A line for each sparsity; none kept gives no point. Dotted: {percent(part['thin'])}.{bars}",
+                f"A line for each sparsity; where nothing is kept there is no point.{thin}{bars}",
                 scales=("linear", "log"),
                 ticks=_layer_ticks(layers),
                 level_at=100 * part["thin"] or None,

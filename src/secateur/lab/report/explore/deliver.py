@@ -19,6 +19,6 @@ def view(section: Mapping[str, Any], name: str) -> View:
     first = f"With {numbers}: {accuracy} on the {many(section['judged'], 'image')} judged by."
     return View(
         title=section["title"],
-        lines=(first, *delivered_lines(section["delivered"])),
+        lines=(first, *delivered_lines(section["delivered"], section["stage"])),
         tables=(delivered_table(section["delivered"]),),
     )

@@ -12,16 +12,16 @@ from secateur.lab.report.words import amount, many, percent, points, sized, time
 __all__ = ["delivered_lines", "delivered_table"]
 
 
-def delivered_lines(found: Mapping[str, Any]) -> list[str]:
-    """What was delivered."""
+def delivered_lines(found: Mapping[str, Any], stage: str) -> list[str]:
+    """What was delivered, by the stage of that key."""
     file, accuracy, difference = found["file"], found["accuracy"], found["difference"]
     interval = f"{points(difference['low'], signed=True)}..{points(difference['high'], signed=True)}"
     lines = [
         f"Delivered: {found['what']}. On {many(found['held'], 'test image')} held back "
         f"{percent(accuracy['delivered'])}, dense {percent(accuracy['dense'])}: "
         f"{points(difference['mean'], signed=True)} points ({interval}, paired).",
-        f"File {Path(file['path']).name}, {sized(file['bytes'])}, rebuilt from itself alone in another process: "
-        f"max |saved - rebuilt| = {tiny(file['reload_max_abs_diff'])}.",
+        f"File stages/explore-{stage}/{Path(file['path']).name}, {sized(file['bytes'])}, rebuilt from itself alone in "
+        f"another process: max |saved - rebuilt| = {tiny(file['reload_max_abs_diff'])}.",
     ]
     speed = _speed(found)
     if found["cut"]:

@@ -104,7 +104,7 @@ def _confirmed(section: Mapping[str, Any]) -> list[str]:
         f"That cell with noise of fresh seeds on {many(cell['count'], 'test image')} held back, by neither of which "
         f"it was chosen: {_cell(cell)}."
     )
-    if max(c["gain"] for c in section["cells"]) > 0:
+    if round(100 * max(c["gain"] for c in section["cells"]), 1) > 0:
         said += " The gain holds." if pays(cell) else " The gain does not hold there."
     return [said]
 

@@ -33,7 +33,7 @@ def view(section: Mapping[str, Any], name: str) -> View:
         pictures.append(_growth(section, name))
     return View(
         title=section["title"],
-        lines=(*_lines(section), *delivered_lines(section["delivered"])),
+        lines=(*_lines(section), *delivered_lines(section["delivered"], section["stage"]), *_loss(section)),
         pictures=tuple(pictures),
         tables=(_front(section), delivered_table(section["delivered"])),
         notes=(_note(section),),
@@ -54,7 +54,7 @@ def _lines(section: Mapping[str, Any]) -> list[str]:
     if failed:
         lines.append(f"{many(len(failed), 'trial')} failed; the first: {failed[0]['reason']}.")
     if spec["sampler"] == "nsga2" and len(trials) <= spec["population"]:
-        lines.append(f"No more than the first generation of {spec['population']}, which is drawn at random.")
+        lines.append(f"All of them were drawn at random: a generation has {spec['population']}, and the first one is.")
     if "gain" in section["objectives"]:
         lines.append(_gain(section))
     series = [] if section["hypervolume"] is None else section["hypervolume"]["series"]
@@ -63,6 +63,17 @@ def _lines(section: Mapping[str, Any]) -> list[str]:
         lines.append(f"The first half of the trials had found {percent(half)} of the final hypervolume.")
     lines.append(f"Chosen: {section['why']}.")
     return lines
+
+
+def _loss(section: Mapping[str, Any]) -> list[str]:
+    """What to say where the network delivered loses more than it was chosen for."""
+    lost, allowed = -section["delivered"]["difference"]["mean"], section["spec"]["tolerance"]
+    if lost <= allowed or not section["why"].startswith("the best "):
+        return []
+    return [
+        f"That is more than the {points(allowed)} points allowed: on the images it was chosen by it looked better. "
+        "More of them (judge.images) choose more surely."
+    ]
 
 
 def _gain(section: Mapping[str, Any]) -> str:
