@@ -350,7 +350,7 @@ def test_a_study_of_another_network_is_refused(session, tmp_path, undelivered):
     with pytest.raises(CheckpointError, match=r'differs in network \("[0-9a-f]{8}\.\.\."'):
         search.run(other, spec, tmp_path / "b")
     judged = Session(_recipe(WEIGHTS, seed=1, judge={"images": 99}), session.context.options)
-    with pytest.raises(CheckpointError, match="differs in basis images"):
+    with pytest.raises(CheckpointError, match="differs in images"):
         search.run(judged, spec, tmp_path / "c")
 
 

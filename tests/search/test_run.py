@@ -182,7 +182,7 @@ def test_another_recipe_is_refused(tmp_path, name):
         (spec_of("nsga2", seed=1), STOCHASTIC_PRUNING, {"network": "1"}, "differs in seed \\(0 there, 1 asked for\\)"),
         (SearchSpec(PAIR, 2, population=6), STOCHASTIC_PRUNING, {"network": "1"}, "nsga2 population"),
         (spec_of("nsga2"), wider, {"network": "1"}, "differs in number sigma"),
-        (spec_of("nsga2"), STOCHASTIC_PRUNING, {"network": "2"}, 'basis network \\("1" there, "2" asked for'),
+        (spec_of("nsga2"), STOCHASTIC_PRUNING, {"network": "2"}, 'network \\("1" there, "2" asked for'),
         (turned, STOCHASTIC_PRUNING, {"network": "1"}, "differs in objectives"),
     ]:
         with pytest.raises(CheckpointError, match=says) as caught:
