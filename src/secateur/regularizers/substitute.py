@@ -53,32 +53,46 @@ def multiply_units(
         axis: of the layer's outputs, along which the units lie.
     """
 
-    def in_weight(module: Any, x: Tensor) -> bool:
-        if module.weight is None:
-            return False
-        if module.weight.dim() == 1:
-            return True
-        inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-        return x.numel() // inputs > target.fan_in
+    own: dict[str, nn.Parameter | None] = {}
+    # What the outputs of the present call are multiplied by: one entry, once it is known.
+    outputs: list[Tensor | None] = []
 
-    # A hook put in by a hook of the same layer takes part only from the next call on.
-    taken = {"in weight": False}
-
-    def make(module: Any, x: Tensor) -> dict[str, Tensor]:
-        taken["in weight"] = in_weight(module, x)
-        value = factor(module) if taken["in weight"] else None
+    def put(module: Any, args: Any, kwargs: Any) -> None:
+        value = factor(module)
+        outputs[:] = [None]
         if value is None:
-            return {}
-        made = {"weight": module.weight * (value if module.weight.dim() == 1 else target.spread(value))}
-        return made if module.bias is None else {**made, "bias": module.bias * value}
+            return
+        parameters = module._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if weight is None or not (weight.dim() == 1 or _is_smaller(module, target, only_input(args, kwargs))):
+            outputs[:] = [value]
+            return
+        own["weight"] = weight
+        parameters["weight"] = weight * (value if weight.dim() == 1 else target.spread(value))
+        if bias is not None:
+            own["bias"] = bias
+            parameters["bias"] = bias * value
 
-    def multiply(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        value = None if taken["in weight"] else factor(module)
-        taken["in weight"] = False
-        if value is None:
+    def put_back(module: nn.Module, args: Any, output: Tensor | None) -> Tensor | None:
+        if own:
+            module._parameters.update(own)
+            own.clear()
+        # A hook put in by a hook of the same layer takes part only from the next call on.
+        value = outputs.pop() if outputs else factor(module)
+        # Without an output the layer has raised an error.
+        if value is None or output is None:
             return None
         value = over_units(value.unsqueeze(0), output, axis).to(output.dtype)
         # No layer here needs its output to go backward, and a second copy would cost time and memory.
         return output * value if value.requires_grad else output.mul_(value)
 
-    return [*substitute(layer, make), layer.register_forward_hook(Hook(multiply))]
+    return [
+        layer.register_forward_pre_hook(Hook(put), with_kwargs=True),
+        layer.register_forward_hook(Hook(put_back), always_call=True),
+    ]
+
+
+def _is_smaller(module: Any, target: Target, x: Tensor) -> bool:
+    """Whether the weight has fewer numbers than the outputs have at this input."""
+    inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    return x.numel() // inputs > target.fan_in
