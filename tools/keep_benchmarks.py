@@ -1,6 +1,7 @@
 """Put benchmark results into `benchmarks/README.md`: `python tools/keep_benchmarks.py SCRIPT=RESULT.json ...`.
 
-Several results of one script (one a case) are joined into one table. Every script's table is replaced as a whole.
+Several results of one script (one a case) are joined into one table; of a row that is in several, that of the most rounds
+is taken. Every script's table is replaced as a whole. SCRIPT may bear flags that make it another table (`--compiled`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ def table(script: str, results: list[dict[str, Any]]) -> str:
     """One script's section: its title, and a line for every row."""
     rounds = sorted({str(result["rounds"]) for result in results})
     lines = [f"### `{script}`: {results[0]['title']} ({', '.join(rounds)} rounds)", "", HEAD]
-    return "\n".join([*lines, *(_line(row) for result in results for row in result["rows"])]) + "\n"
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    # Of a row measured in several runs, that of the most rounds counts; it keeps its place.
+    for result in sorted(results, key=lambda result: result["rounds"]):
+        rows.update({(row["case"], row["name"]): row for row in result["rows"]})
+    order = dict.fromkeys((row["case"], row["name"]) for result in results for row in result["rows"])
+    return "\n".join([*lines, *(_line(rows[key]) for key in order)]) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str:
