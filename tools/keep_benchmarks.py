@@ -1,7 +1,8 @@
 """Put benchmark results into `benchmarks/README.md`: `python tools/keep_benchmarks.py SCRIPT=RESULT.json ...`.
 
 Several results of one script (one a case) are joined into one table; of a row that is in several, that of the most
-rounds is taken. Every script's table is replaced as a whole. SCRIPT may bear flags that make it another table (`--compiled`).
+rounds is taken. Every script's table is replaced as a whole. SCRIPT may bear flags that make it another table
+(`--compiled`).
 """
 
 from __future__ import annotations
