@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secateur.errors import NoEffectError, UsageError
+from secateur.errors import NoEffectError, UnknownNameError, UsageError
 from secateur.lab.context import Options
 from secateur.lab.explore.recipe import ExploreRecipe
 from secateur.lab.explore.run import explore, plan_exploration
@@ -62,8 +62,11 @@ UNITS = {"kind": "deliver", "vary": "units", "numbers": {"stem.weigth": 0.5}}
     [
         ({"judge": {"recalibrate": 50}, "model": {"name": "mlp"}}, NoEffectError, "the network has none; leave it out"),
         ({"judge": {"recalibrate": 10_000}}, UsageError, "judge.recalibrate 10000: there are .* training images"),
-        ({"explore": [UNITS]}, UsageError, r"numbers lack conv1\.weight; expected conv1\.weight, "),
-        ({"explore": [{**UNITS, "numbers": {}}]}, UsageError, r"numbers lack conv1\.weight"),
+        (
+            {"explore": [UNITS]},
+            UnknownNameError,
+            r'unknown group of units in numbers "stem.weigth"; (nearest|known): ',
+        ),
         (
             {"explore": [{"kind": "search", "vary": "units"}], "include": ["head"]},
             NoEffectError,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from secateur.core.targets import Targets, find_targets
-from secateur.errors import MissingExtraError, NoEffectError, UsageError
+from secateur.errors import MissingExtraError, NoEffectError, UnknownNameError, UsageError
 from secateur.lab.explore.session import Session
 
 __all__ = ["check_session"]
@@ -87,10 +87,13 @@ def _fine_tune(session: Session, section: Any) -> None:
 
 
 def _deliver(session: Session, section: Any) -> None:
-    from secateur.lab.explore.problems import check_names, units_of
+    from secateur.lab.explore.problems import units_of
 
     if section.vary == "units":
-        check_names(section.numbers, units_of(session))
+        known = units_of(session)
+        for name in section.numbers:
+            if name not in known:
+                raise UnknownNameError("group of units in numbers", name, known)
 
 
 def _masks(session: Session, section: Any) -> None:

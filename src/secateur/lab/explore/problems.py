@@ -29,7 +29,7 @@ from secateur.variants.evaluate import evaluate_variants
 from secateur.variants.kinds import NoisyPrune
 from secateur.variants.renew import renew_statistics_, renewed_statistics
 
-__all__ = ["DIRECTIONS", "Made", "Problem", "check_names", "make_problem", "stored_bytes", "units_of"]
+__all__ = ["DIRECTIONS", "Made", "Problem", "make_problem", "stored_bytes", "units_of"]
 
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
     "accuracy": "maximize",
@@ -105,7 +105,7 @@ class WeightProblem(Problem):
         return Space((Float("sigma", *spec.sigma), Float("sparsity", *spec.sparsity)))
 
     def _variants(self, numbers: Mapping[str, float]) -> list[NoisyPrune]:
-        check_names(numbers, ("sigma", "sparsity"))
+        _check_names(numbers, ("sigma", "sparsity"))
         return [
             NoisyPrune(numbers["sigma"], numbers["sparsity"], seed, self._criterion)
             for seed in range(self.spec.variants)
@@ -164,7 +164,7 @@ class UnitProblem(Problem):
         return Space(tuple(Float(name, *spec.sparsity) for name in self._ranking.groups.names))
 
     def _kept(self, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-        check_names(numbers, self._ranking.groups.names)
+        _check_names(numbers, self._ranking.groups.names)
         return self._ranking.kept(dict(numbers))
 
     def values(self, numbers: Mapping[str, float], names: Collection[str]) -> dict[str, Any]:
@@ -199,14 +199,16 @@ def make_problem(session: Session, spec: PointSpec) -> Problem:
 
 
 def units_of(session: Session) -> Sequence[str]:
-    """The groups whose units a search varies: they depend on the network's shape, not on its weights.
+    """The groups whose units a search may vary: they depend on the network's shape, not on its weights.
+
+    Some may turn out not to be cut alone; that is tried on the trained network only, since one that is not trained
+    may have parts that do nothing yet, which prove nothing.
 
     Raises: `NoEffectError` if there are none.
     """
-    network, recipe = session.context.model(session.recipe.seed).eval(), session.recipe
+    network, recipe = session.context.model(session.recipe.seed), session.recipe
     targets = find_targets(network, recipe.include, recipe.excluded)
-    ranking = rank_units(network, Magnitude(), session.context.groups, targets=targets)
-    return _cuttable(session, network, ranking)[0].groups.names
+    return rank_units(network, Magnitude(), session.context.groups, targets=targets).groups.names
 
 
 def _cuttable(session: Session, network: nn.Module, ranking: UnitRanking) -> tuple[UnitRanking, list[str]]:
@@ -226,7 +228,7 @@ def _cuttable(session: Session, network: nn.Module, ranking: UnitRanking) -> tup
     return replace(ranking, groups=Groups(good, ranking.groups.untraced), scores=scores), notes
 
 
-def check_names(numbers: Mapping[str, float], expected: Collection[str]) -> None:
+def _check_names(numbers: Mapping[str, float], expected: Collection[str]) -> None:
     missing, unknown = sorted(set(expected) - numbers.keys()), sorted(numbers.keys() - set(expected))
     if missing or unknown:
         said = f"lack {missing[0]}" if missing else f"have {unknown[0]} besides"
