@@ -181,7 +181,11 @@ def test_the_same_in_python(code):
     ("options", "code", "words"),
     [
         (["digit_cnn"], 2, 'unknown model "digit_cnn"; nearest: digits_cnn'),
-        (["digits_cnn", "--objectives", "accuracy"], 2, "objectives: expected at least two, all different, got accuracy"),
+        (
+            ["digits_cnn", "--objectives", "accuracy"],
+            2,
+            "objectives: expected at least two, all different, got accuracy",
+        ),
         (["digits_cnn", "--objectives", "accuracy,speed"], 2, "objectives: .*got 'speed'"),
         (["digits_cnn", "--objectives", "accuracy,latency", "--vary", "weights"], 2, "zeros among weights make no"),
         (["digits_cnn", "--budget", "10"], 2, 'time "10": expected a number above 0 and s, min or h'),
