@@ -18,6 +18,7 @@ __all__ = [
     "EquivalenceError",
     "ExportError",
     "MissingExtraError",
+    "MissingModuleError",
     "NoEffectError",
     "PluginError",
     "RecipeError",
@@ -32,9 +33,22 @@ __all__ = [
 
 
 class SecateurError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the command line exits with."""
+    """Base of all errors raised on purpose; `exit_code` is what the command line exits with.
+
+    Examples:
+        >>> str(SecateurError("name 'a\\nb': unknown"))
+        "name 'a\\\\nb': unknown"
+    """
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        # What was given is repeated in messages, and may hold line breaks.
+        super().__init__(*(_one_line(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(SecateurError, ValueError):

@@ -303,6 +303,7 @@ PARSED = YAML(typ="safe").load(GOOD)
 @example([(("prune", 0, "criterion"), {})])
 @example([(("train", "duration"), {"name": "1ep"})])
 @example([(("train", "duration"), "\n")])
+@example([(("methods", 1, "regularizer"), "\n")])
 def test_any_mutation_is_a_recipe_or_a_recipe_error(tmp_path_factory, changes):
     data = copy.deepcopy(PARSED)
     for path, value in changes:

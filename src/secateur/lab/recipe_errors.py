@@ -26,12 +26,6 @@ _EXPECTED = {
 
 def explain(error: ValidationError, data: Any, path: Path, model: type[BaseModel]) -> str:
     """The foremost mistake in `data`, read from `path`, that `model` finds, in one line."""
-    said = _explain(error, data, path, model)
-    # What was given is repeated, and may hold line breaks.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
-
-
-def _explain(error: ValidationError, data: Any, path: Path, model: type[BaseModel]) -> str:
     first, more = _foremost(error, model)
     location, _ = _place(first["loc"], model)
     where = f"{path}:{line_of(data, location)}: {key_path(location) or 'recipe'}"
