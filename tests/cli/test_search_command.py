@@ -87,7 +87,7 @@ def test_a_newcomer_gets_a_front_a_file_and_a_report(asked):
     assert delivered.is_file()
 
 
-def test_the_file_is_verified_and_measured_by_the_other_commands(asked, secateur):
+def test_the_file_is_verified_and_measured_by_the_other_commands(asked, secateur, tmp_path):
     (delivered,) = asked[1].glob("stages/explore-*/pruned.safetensors")
     answer = secateur("verify", delivered, "--json")
     assert answer.code == 0
@@ -95,6 +95,12 @@ def test_the_file_is_verified_and_measured_by_the_other_commands(asked, secateur
     data = secateur("measure", delivered, "--rounds", 6, "--json").json
     assert data["costs"]["pruned"]["bytes"] == data["costs"]["dense"]["bytes"], "zeros take their place in memory"
     assert data["file_bytes"] == delivered.stat().st_size < data["costs"]["dense"]["bytes"]
+    assert data["costs"]["dense"]["nonzero"] == data["costs"]["dense"]["params"]
+    folder = tmp_path / "as a folder"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(delivered.read_bytes())
+    assert secateur("measure", folder, "--rounds", 6, "--json").json["file_bytes"] == data["file_bytes"]
+    line(secateur("measure", tmp_path), 1, "a folder without model.safetensors; name the file")
     (row,) = (r for r in secateur("measure", delivered, "--rounds", 6).out.splitlines() if r.startswith("bytes, this"))
     assert str(data["file_bytes"]) in row
 

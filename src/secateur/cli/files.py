@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,6 +127,9 @@ def measure(
 
         dense, pruned, example = _dense_and_pruned(file, allow_code)
         costs = {"dense": measure_cost(dense, example), "pruned": measure_cost(pruned, example)}
+        # The weights of the dense network are not in the file: it is built anew, and how many are zero says nothing.
+        costs["dense"] = replace(costs["dense"], nonzero=costs["dense"].params)
+        stored = (file / "model.safetensors" if file.is_dir() else file).stat().st_size
         times = measure_latency(
             {"dense": dense, "pruned": pruned}, example, batch_size=batch_size, threads=threads, rounds=rounds
         )
@@ -140,7 +143,7 @@ def measure(
                         n: {k: getattr(c, k) for k in ("params", "nonzero", "macs", "bytes")} for n, c in costs.items()
                     },
                     "ratios": compare_costs(costs["dense"], costs["pruned"]),
-                    "file_bytes": file.stat().st_size,
+                    "file_bytes": stored,
                     "latency_ms": {n: [t.median_ms, t.low_ms, t.high_ms] for n, t in times.items()},
                     "latency_ratio": {
                         "median": ratio.median,
@@ -164,10 +167,8 @@ def measure(
                 ("bytes, stored dense", "bytes"),
             )
         ]
-        # The weights of the dense network are not in the file: it is built anew.
-        rows[1][1] = costs["dense"].params
         # The file may hold zeros as single bits, and has the plan and an answer to check by.
-        rows.append(["bytes, this file", costs["dense"].bytes, file.stat().st_size])
+        rows.append(["bytes, this file", costs["dense"].bytes, stored])
         rows.append(["peak memory, bytes", memory["dense"], memory["pruned"]])
         for row in rows:
             row.append(f"x{row[1] / row[2]:.2f}")

@@ -24,7 +24,7 @@ def check_session(session: Session) -> None:
     _targets(session)
     _check_renewing(session)
     for section in recipe.explore:
-        if not session.stage(section).done:
+        if not (session.context.options.resume and session.stage(section).done):
             _CHECKS.get(section.kind, _nothing)(session, section)
 
 

@@ -31,7 +31,7 @@ def record_files(section: Mapping[str, Any], name: str) -> tuple[tuple[str, str]
     return tuple(files)
 
 
-def _files(value: Any, name: str, outer: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str]]:
+def _files(value: Any, name: str) -> Iterator[tuple[str, str]]:
     """A table, and those of the records inside it."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
