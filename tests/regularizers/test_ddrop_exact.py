@@ -168,7 +168,7 @@ def test_the_schedule_moves_both_bounds_once_an_epoch(schedule):
             epochs_done = (step + 1) // per_epoch
             low, high = (keep_prob_at(p, schedule, epochs_done / 4) for p in (0.2, 0.6))
             gamma = network.bn1.weight.detach().abs()
-            torch.testing.assert_close(attachment._keep(target), keep_probabilities(gamma, low, high))
+            torch.testing.assert_close(attachment._keep()[target.name], keep_probabilities(gamma, low, high))
     assert high == pytest.approx(0.6)
     assert math.isclose(low, 0.2)
 

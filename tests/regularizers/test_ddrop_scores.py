@@ -169,7 +169,7 @@ def test_the_scale_multiplies_and_is_ranked():
         (out.sum() + penalty).backward()
         (expected.sum() + 0.125 * hand.abs().sum()).backward()
         torch.testing.assert_close(scale.grad, hand.grad)
-        keep = attachment._keep(targets[0])
+        keep = attachment._keep()[targets[0].name]
         np.testing.assert_allclose(keep, _ranked(scale.detach().abs().numpy(), 0.3, 0.9), rtol=1e-6)
         assert torch.equal(attachment.scores()["0.weight"], scale.detach().abs())
         network.eval()

@@ -17,6 +17,7 @@ from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import Regularizer
 from secateur.regularizers.ddrop import DDrop, keep_probabilities
 from secateur.regularizers.parallel import data_rank
+from secateur.regularizers.relu_readers import ReluReaders, is_compiled
 from secateur.regularizers.substitute import multiply_units
 from secateur.regularizers.unit_sites import Site, find_sites, over_units
 
@@ -30,10 +31,15 @@ class ChannelNoise(Attachment):
     """Multiplies what each target's units put out by a mask `[1 or samples, units]` in training mode.
 
     `sites` says where; it is found in the first forward pass unless a subclass knows better. `per_sample`: masks have
-    a row for every sample.
+    a row for every sample. `zero_one`: masks hold nothing but zeros and ones.
+
+    A ReLU sends back no gradient where its output is zero. So units that ReLUs alone read need not be multiplied a
+    second time in the backward pass, if masks are zeros and ones: gradients are the same to the bit. Who reads them
+    is found out in the first training pass of every epoch.
     """
 
     per_sample = False
+    zero_one = False
 
     def __init__(self, spec: Regularizer, model: nn.Module, targets: Targets | None, seed: int, method: str) -> None:
         super().__init__(spec, model, targets, seed)
@@ -41,6 +47,10 @@ class ChannelNoise(Attachment):
         self.sites: dict[str, Site] = {}
         self._masks: dict[str, Tensor] = {}
         self._acted = False
+        self._readers: ReluReaders | None = None
+        # Targets whose units ReLUs alone read, as far as is known.
+        self._before_relu: frozenset[str] = frozenset()
+        self._looked = False
 
     def _expect_units(self) -> None:
         """Refuse targets whose units are no output of a layer."""
@@ -67,6 +77,16 @@ class ChannelNoise(Attachment):
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.locate(args, kwargs)
         self.draw(args, kwargs)
+        if not self._looked and self.per_sample and self.zero_one and not self.is_sampling:
+            self._looked, self._before_relu = True, frozenset()
+            if not is_compiled(self.model):
+                self._readers = ReluReaders()
+                self._readers.start()
+
+    def resume(self) -> None:
+        if self._readers is not None:
+            self._before_relu, self._readers = self._readers.stop(), None
+        super().resume()
 
     @abstractmethod
     def draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -80,8 +100,17 @@ class ChannelNoise(Attachment):
 
         def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             mask = self._mask_for(module, name, output)
+            if mask is None:
+                return None
+            mask = over_units(mask, output, site.axis)
             # In place: no layer here needs its output to go backward, and a second copy would cost time and memory.
-            return None if mask is None else output.mul_(over_units(mask, output, site.axis))
+            if name in self._before_relu:
+                with torch.no_grad():
+                    return output.mul_(mask)
+            output = output.mul_(mask)
+            if self._readers is not None:
+                self._readers.follow(name, output)
+            return output
 
         def shared(module: nn.Module) -> Tensor | None:
             mask = self._mask(module, name)
@@ -115,6 +144,8 @@ class ChannelNoise(Attachment):
                 "call torch.compiler.reset() after attaching"
             )
         self._acted = False
+        if progress.epoch != self.progress.epoch:
+            self._looked = False
         super().after_step(progress)
 
 
@@ -125,7 +156,7 @@ class RankedChannelDropout(ChannelNoise):
         self, spec: DDrop | DDropScale, model: nn.Module, targets: Targets | None, seed: int, method: str = "ddrop"
     ) -> None:
         super().__init__(spec, model, targets, seed, method)
-        self._ddrop, self.per_sample = spec, spec.per_sample
+        self._ddrop, self.per_sample, self.zero_one = spec, spec.per_sample, not spec.rescale
         self._gamma = spec.acts_on == "norm"
         if not self._gamma:
             self._expect_units()
@@ -143,7 +174,7 @@ class RankedChannelDropout(ChannelNoise):
 
     @torch.no_grad()
     def _draw(self, samples: int) -> None:
-        keep = torch.cat([self._keep(t) for t in self.targets])
+        keep = torch.cat(list(self._keep().values()))
         # All processes draw the whole batch, and each takes its own samples: so their streams stay equal.
         rank, ranks = data_rank() if self.per_sample else (0, 1)
         drawn = self.stream.bernoulli((ranks * samples, keep.numel()), keep)
@@ -153,11 +184,20 @@ class RankedChannelDropout(ChannelNoise):
         for target, piece in zip(self.targets, mask.split([t.units for t in self.targets], dim=1), strict=True):
             self._masks[target.name] = piece
 
-    def _keep(self, target: Target) -> Tensor:
+    def _keep(self) -> dict[str, Tensor]:
+        """Keep probability of every unit, by target name."""
         spec, t = self._ddrop, self.progress.epoch_fraction
         low = keep_prob_at(spec.keep_min, spec.schedule, t)
         high = keep_prob_at(spec.keep_max, spec.schedule, t)
-        return keep_probabilities(self._score(target), low, high)
+        # Layers of one width are ranked in one go.
+        widths: dict[int, dict[str, Tensor]] = {}
+        for target in self.targets:
+            widths.setdefault(target.units, {})[target.name] = self._score(target)
+        keep: dict[str, Tensor] = {}
+        for scores in widths.values():
+            rows = keep_probabilities(torch.stack(list(scores.values())), low, high)
+            keep.update(zip(scores, rows.unbind(), strict=True))
+        return {t.name: keep[t.name] for t in self.targets}
 
     def _score(self, target: Target) -> Tensor:
         parameter = self.parameters[target.name].detach()
@@ -177,6 +217,7 @@ class ScaledChannelDropout(RankedChannelDropout):
 
     def __init__(self, spec: DDropScale, model: nn.Module, targets: Targets | None, seed: int) -> None:
         super().__init__(spec, model, targets, seed, "ddrop_scale")
+        self.zero_one = False  # times a scale
         tied = [t for t in self.targets if t.aliases]
         if tied:
             self._refuse(

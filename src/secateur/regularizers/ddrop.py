@@ -90,7 +90,7 @@ def check_bounds(method: str, keep_min: float, keep_max: float, schedule: Schedu
 
 
 def keep_probabilities(scores: Tensor, keep_min: float, keep_max: float) -> Tensor:
-    """Keep probability of each unit from the rank of its score, `[n] -> [n]`.
+    """Keep probability of each unit from the rank of its score in its layer, `[..., n] -> [..., n]`.
 
     rank_i = number of other units whose score is not larger (ties share the highest rank).
 
@@ -101,8 +101,9 @@ def keep_probabilities(scores: Tensor, keep_min: float, keep_max: float) -> Tens
     """
     import torch
 
-    if scores.numel() < 2:
+    units = scores.shape[-1]
+    if units < 2:
         return torch.full_like(scores, keep_max)
-    ordered = scores.sort().values
-    rank = torch.searchsorted(ordered, scores, right=True) - 1
-    return keep_min + (keep_max - keep_min) * rank.to(scores.dtype) / (scores.numel() - 1)
+    ordered = scores.sort(dim=-1).values
+    rank = torch.searchsorted(ordered, scores.contiguous(), right=True) - 1
+    return keep_min + (keep_max - keep_min) * rank.to(scores.dtype) / (units - 1)

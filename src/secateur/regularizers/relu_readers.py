@@ -1,0 +1,86 @@
+"""Which outputs ReLUs alone read: what is zero there sends back no gradient, so a mask need not be multiplied again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["ReluReaders", "is_compiled"]
+
+_RELUS = frozenset(["relu", "relu_"])
+
+
+class ReluReaders(TorchFunctionMode):
+    """Watches one forward pass, between `start` and `stop`, for who reads the tensors it is told to `follow`.
+
+    Sees every torch function and operator, those inside autograd functions too, but not what a scripted function
+    does. Holds no tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._followed: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
+        self._read: set[str] = set()
+        self._otherwise: set[str] = set()
+
+    def start(self) -> None:
+        self.__enter__()
+
+    def follow(self, name: str, output: Tensor) -> None:
+        """Watch `output`, which may be one of several, under `name`."""
+        self._followed[id(output)] = (name, weakref.ref(output))
+
+    def stop(self) -> frozenset[str]:
+        """End the watch; the names all of whose tensors were read by ReLUs, by nothing else, and are gone."""
+        self.__exit__(None, None, None)
+        kept = {name for name, output in self._followed.values() if output() is not None}
+        return frozenset(self._read - self._otherwise - kept)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = [t for t in _tensors([*args, *kwargs.values()]) if self._is_followed(t)]
+        out = func(*args, **kwargs)
+        for tensor in read:
+            name, _ = self._followed[id(tensor)]
+            call = getattr(func, "__name__", "")
+            if call in _RELUS:
+                self._read.add(name)
+                if out is tensor:
+                    # Overwritten: from here on it is what the ReLU puts out.
+                    del self._followed[id(tensor)]
+            elif out is None or next(_tensors([out]), None) is not None:
+                # Anything else than a look at its shape and the like; what writes into it may return None.
+                self._otherwise.add(name)
+        return out
+
+    def _is_followed(self, tensor: Tensor) -> bool:
+        # A new tensor may have the id of one that is gone.
+        return id(tensor) in self._followed and self._followed[id(tensor)][1]() is tensor
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` was asked for it or a part of it."""
+    return torch.compiler.is_compiling() or any(
+        "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()
+    )
+
+
+def _tensors(values: list[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(list(value))
+        elif isinstance(value, dict):
+            yield from _tensors(list(value.values()))
