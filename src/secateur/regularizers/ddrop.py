@@ -43,7 +43,8 @@ class DDrop(Regularizer):
     Ties share the highest rank, so equal gammas (a fresh network) keep everything with keep_max.
 
     Randomness: the attachment's own stream, drawn once a step for all layers outside the graph.
-    Cost: one multiplication per activation of the regularized layers; `"weight_norm"`: a forward pass at the start,
+    Cost: one multiplication per activation of the regularized layers, and one of its gradient unless ReLUs alone read
+        it; `"weight_norm"`: a forward pass at the start,
         which finds out where a BatchNorm follows.
 
     Reference: DDROP, section III, algorithm 1 (with n - 1 for n).

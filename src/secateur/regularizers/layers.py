@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from secateur.core.targets import Target, Targets
 from secateur.errors import UsageError
 
-__all__ = ["layer_output", "layers_of", "only_input", "refuse_unsupported"]
+__all__ = ["layer_output", "layers_of", "only_input", "refuse_unsupported", "unsupported"]
 
 _PLAIN = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -29,18 +29,29 @@ def layers_of(network: nn.Module, target: Target) -> list[nn.Module]:
 
 def refuse_unsupported(method: str, network: nn.Module, targets: Targets) -> None:
     """`UsageError` if a target's layer does more, or less, than apply its weight and bias to its input."""
+    for name, what in unsupported(network, targets).items():
+        raise UsageError(
+            f'{method}: layer "{targets[name].module}" {what}; expected a Linear or convolution layer of torch that is '
+            f"called as it is; leave it out (exclude: [{name}])"
+        )
+
+
+def unsupported(network: nn.Module, targets: Targets) -> dict[str, str]:
+    """Targets whose layer does more, or less, than apply its weight and bias to its input, with what it does."""
     attention = {id(m.out_proj) for m in network.modules() if isinstance(m, nn.MultiheadAttention)}
     holders: dict[int, set[int]] = {}
     for module in network.modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), set()).add(id(module))
+    found: dict[str, str] = {}
     for target in targets:
         layers = layers_of(network, target)
-        for layer in layers:
-            if what := _obstacle(layer, id(layer) in attention):
-                raise _refused(method, target, what)
+        whats = [what for layer in layers if (what := _obstacle(layer, id(layer) in attention))]
         if holders[id(network.get_parameter(target.name))] != {id(layer) for layer in layers}:
-            raise _refused(method, target, "shares its weight with a module of another kind")
+            whats.append("shares its weight with a module of another kind")
+        if whats:
+            found[target.name] = whats[0]
+    return found
 
 
 def _obstacle(layer: nn.Module, attention: bool) -> str | None:
@@ -50,13 +61,6 @@ def _obstacle(layer: nn.Module, attention: bool) -> str | None:
         return f"is a {type(layer).__name__} with a forward of its own"
     added = sorted(layer._parameters.keys() - {"weight", "bias"})
     return f'has a parameter "{added[0]}", of another attached method perhaps' if added else None
-
-
-def _refused(method: str, target: Target, what: str) -> UsageError:
-    return UsageError(
-        f'{method}: layer "{target.module}" {what}; expected a Linear or convolution layer of torch that is called '
-        f"as it is; leave it out (exclude: [{target.name}])"
-    )
 
 
 def only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

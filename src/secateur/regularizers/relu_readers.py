@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from secateur.regularizers.quiet_pass import tensors_in
 
 __all__ = ["ReluReaders", "is_compiled"]
 
@@ -48,9 +50,8 @@ class ReluReaders(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        read = [t for t in _tensors([*args, *kwargs.values()]) if self._is_followed(t)]
-        out = func(*args, **kwargs)
+        read = [t for t in tensors_in([args, kwargs]) if self._is_followed(t)]
+        out = func(*args, **(kwargs or {}))
         for tensor in read:
             name, _ = self._followed[id(tensor)]
             call = getattr(func, "__name__", "")
@@ -59,7 +60,7 @@ class ReluReaders(TorchFunctionMode):
                 if out is tensor:
                     # Overwritten: from here on it is what the ReLU puts out.
                     del self._followed[id(tensor)]
-            elif out is None or next(_tensors([out]), None) is not None:
+            elif out is None or next(tensors_in(out), None) is not None:
                 # Anything else than a look at its shape and the like; what writes into it may return None.
                 self._otherwise.add(name)
         return out
@@ -74,13 +75,3 @@ def is_compiled(model: nn.Module) -> bool:
     return torch.compiler.is_compiling() or any(
         "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()
     )
-
-
-def _tensors(values: list[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(list(value))
-        elif isinstance(value, dict):
-            yield from _tensors(list(value.values()))

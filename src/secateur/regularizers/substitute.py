@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -41,16 +42,22 @@ def substitute(layer: nn.Module, make: Callable[[Any, Tensor], Mapping[str, Tens
 
 
 def multiply_units(
-    layer: nn.Module, target: Target, axis: int, factor: Callable[[nn.Module], Tensor | None]
+    layer: nn.Module,
+    target: Target,
+    axis: int,
+    factor: Callable[[nn.Module], Tensor | None],
+    *,
+    with_bias: bool = True,
 ) -> list[RemovableHandle]:
     """Multiply the target's units by `factor(layer)`, `[units]`, where `layer` puts them out; None leaves them.
 
     In the weight and bias of `layer` where these are fewer numbers than its outputs, as they mostly are; else in
-    the outputs, in place if the factor is not learned.
+    the outputs, in place if the factor is not learned. Compiled, a factor that is not learned multiplies outputs.
 
     Args:
         layer: the target's, or the BatchNorm behind it.
         axis: of the layer's outputs, along which the units lie.
+        with_bias: multiply its bias too; otherwise it is added to what is multiplied.
     """
 
     own: dict[str, nn.Parameter | None] = {}
@@ -64,16 +71,22 @@ def multiply_units(
             return
         parameters = module._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        if weight is None or not (weight.dim() == 1 or _is_smaller(module, target, only_input(args, kwargs))):
+        # The compiler makes it part of what writes the outputs, which is quicker than other weights.
+        fused = torch.compiler.is_compiling() and not value.requires_grad
+        if fused or weight is None or not (weight.dim() == 1 or _is_smaller(module, target, only_input(args, kwargs))):
             outputs[:] = [value]
+            if bias is not None and not with_bias:
+                own["bias"] = bias
+                parameters["bias"] = None
             return
         own["weight"] = weight
         parameters["weight"] = weight * (value if weight.dim() == 1 else target.spread(value))
-        if bias is not None:
+        if bias is not None and with_bias:
             own["bias"] = bias
             parameters["bias"] = bias * value
 
     def put_back(module: nn.Module, args: Any, output: Tensor | None) -> Tensor | None:
+        bias = None if with_bias or "weight" in own else own.get("bias")
         if own:
             module._parameters.update(own)
             own.clear()
@@ -84,7 +97,8 @@ def multiply_units(
             return None
         value = over_units(value.unsqueeze(0), output, axis).to(output.dtype)
         # No layer here needs its output to go backward, and a second copy would cost time and memory.
-        return output * value if value.requires_grad else output.mul_(value)
+        output = output * value if value.requires_grad else output.mul_(value)
+        return output if bias is None else output.add_(over_units(bias.unsqueeze(0), output, axis).to(output.dtype))
 
     return [
         layer.register_forward_pre_hook(Hook(put), with_kwargs=True),

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.core.targets import Target, Targets
 from secateur.errors import UsageError
+from secateur.regularizers.quiet_pass import quiet_pass, tensors_in
 
 __all__ = ["Site", "find_norms", "find_sites", "over_units", "own_site"]
 
@@ -69,7 +69,7 @@ def find_sites(
     if not any(network.children()):
         return {t.name: own_site(t) for t in targets}
     trail = _Trail()
-    with torch.no_grad(), _looking(network, targets, trail), trail:
+    with _looking(network, targets, trail), trail:
         network.forward(*args, **kwargs)
     return {t.name: _decide(method, network, t, trail) for t in targets}
 
@@ -81,7 +81,7 @@ def find_norms(
     if not any(network.children()):
         return {}
     trail = _Trail()
-    with torch.no_grad(), _looking(network, targets, trail), trail:
+    with _looking(network, targets, trail), trail:
         network.forward(*args, **kwargs)
     found: dict[str, str] = {}
     for target in targets:
@@ -154,8 +154,8 @@ class _Trail(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        used = [self._followed[id(t)] for t in _tensors([*args, *(kwargs or {}).values()]) if id(t) in self._followed]
-        results = list(_tensors([out]))
+        used = [self._followed[id(t)] for t in tensors_in([args, kwargs]) if id(t) in self._followed]
+        results = list(tensors_in(out))
         if not used or not results:
             return out
         layers = frozenset().union(*(f.layers for f in used))
@@ -176,19 +176,10 @@ class _Trail(TorchFunctionMode):
         return out
 
 
-def _tensors(values: list[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(list(value))
-
-
 @contextmanager
 def _looking(network: nn.Module, targets: Targets, trail: _Trail) -> Iterator[None]:
-    """Eval mode, generators and hooks put back afterwards; layers and BatchNorms report to `trail`."""
+    """A pass that leaves nothing behind, in which layers and BatchNorms report to `trail`."""
     modules = dict(network.named_modules())
-    flags = [(m, m.training) for m in modules.values()]
     handles = []
     for target in targets:
         layer = target.module
@@ -199,19 +190,10 @@ def _looking(network: nn.Module, targets: Targets, trail: _Trail) -> Iterator[No
                 module.register_forward_pre_hook(lambda m, a, path=path: trail.enter_norm(path, a[0] if a else None))
             )
             handles.append(module.register_forward_hook(lambda *_: setattr(trail, "norm", None), always_call=True))
-    devices = {p.device.index for p in network.parameters() if p.device.type == "cuda"}
-    # The fused path of transformer layers calls no submodules.
-    fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        for module, _ in flags:
-            module.training = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+        with quiet_pass(network):
             yield
         trail.finish()
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, was_training in flags:
-            module.training = was_training
         for handle in handles:
             handle.remove()

@@ -13,9 +13,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from secateur.core.targets import Targets
 from secateur.errors import UsageError
+from secateur.regularizers import noisy_weight
 from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import WeightNoise
+from secateur.regularizers.noisy_units import NoisyUnits, read_by_their_layer_alone
 from secateur.regularizers.noisy_weight import NoisyWeight
+from secateur.regularizers.relu_readers import is_compiled
 
 __all__ = ["WeightSwap"]
 
@@ -39,7 +42,10 @@ class WeightSwap(Attachment):
     (gradient accumulation) the next forward pass draws anew. An evaluation pass with gradients enabled ends the
     draw for good: run the backward pass of the training forward pass before it.
 
-    Memory: the multiplied weights, kept from step to step, and what they were multiplied by during a draw.
+    Memory: the multiplied weights, kept from step to step, and what they were multiplied by during a draw. A large
+    layer whose units get one number each is multiplied while it runs instead, in its outputs where these are fewer
+    than its weights; not if it is compiled, nor if something else reads its weight, which a forward pass in eval mode
+    at the first draw finds out.
     """
 
     def __init__(self, spec: WeightNoise, model: nn.Module, targets: Targets | None, seed: int) -> None:
@@ -48,7 +54,10 @@ class WeightSwap(Attachment):
         self._slots = [NoisyWeight(t, self.parameters[t.name]) for t in self.targets]
         self._ids = {id(p) for p in self.parameters.values()}
         # The slots of the present draw.
-        self._swapped: list[NoisyWeight] = []
+        self._swapped: list[NoisyWeight | NoisyUnits] = []
+        # Layers that are multiplied while they run, and which may be; None: not known yet.
+        self._running: dict[str, NoisyUnits] = {}
+        self._may_run: set[str] | None = None
         self._lost: list[str] = []
         self._used = self._paused = False
         self._refuse_shared()
@@ -111,10 +120,32 @@ class WeightSwap(Attachment):
             multiplier, factor = made if isinstance(made, tuple) and len(made) == 2 else (made, 1.0)
             if not slot.checked:
                 self._check(slot, multiplier, factor)
-            slot.swap(multiplier, factor)
-            self._swapped.append(slot)
+            running = self._runs(slot, multiplier, args, kwargs)
+            if running is None:
+                slot.swap(multiplier, factor)
+            else:
+                running.swap(multiplier, factor, slot.parameter)
+            self._swapped.append(running or slot)
         # Autocast would otherwise go on using the cast of an earlier draw.
         torch.clear_autocast_cache()
+
+    def _runs(
+        self, slot: NoisyWeight, multiplier: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> NoisyUnits | None:
+        """What multiplies the slot's layer while it runs, if that is how it is done."""
+        target = slot.target
+        if target.numel <= noisy_weight.SMALL or multiplier.shape != (target.units, *[1] * (len(target.shape) - 1)):
+            return None
+        if self._may_run is None:
+            compiled = is_compiled(self.model)
+            found = set() if compiled else read_by_their_layer_alone(self.network, self.targets, args, kwargs)
+            self._may_run = found
+        if target.name not in self._may_run:
+            return None
+        if target.name not in self._running:
+            running = self._running[target.name] = NoisyUnits(target, self.network.get_submodule(target.module))
+            self._handles += running.handles
+        return self._running[target.name]
 
     def _check(self, slot: NoisyWeight, multiplier: Any, factor: Any) -> None:
         """Whether they can be multiplied with; for a target's first draw only, because looking takes time."""
