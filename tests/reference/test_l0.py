@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.regularizers.gates import hard_concrete, keep_probability
+from secateur.regularizers.hard_concrete import hard_concrete, keep_probability
 from secateur.regularizers.l0 import L0
+from secateur.regularizers.seeded import logistic_like
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
@@ -88,7 +89,7 @@ def test_penalty_forward_evaluation_and_folding_of_a_linear_layer(granularity):
         return x @ (weight * gate).T + bias
 
     got = layer(torch.tensor(x))
-    noise = attachment._logistic["weight"].numpy()
+    noise = logistic_like(torch.tensor(log_alpha), attachment._seeds["weight"]).numpy()
     np.testing.assert_allclose(got.detach(), output(_gate(log_alpha, _sigmoid(noise))), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(layer.eval()(torch.tensor(x)).detach(), output(_gate(log_alpha)), rtol=1e-12)
     masks = attachment.finalize()

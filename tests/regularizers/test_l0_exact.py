@@ -12,8 +12,9 @@ from torch import nn
 from secateur.core.duration import Progress
 from secateur.core.targets import find_targets
 from secateur.errors import CheckpointError, UsageError
-from secateur.regularizers.gates import hard_concrete, keep_probability
+from secateur.regularizers.hard_concrete import hard_concrete, keep_probability
 from secateur.regularizers.l0 import L0
+from secateur.regularizers.seeded import logistic_like
 from secateur.regularizers.targeted_dropout import TargetedDropout
 from secateur.regularizers.variational_dropout import VariationalDropout
 from secateur.testing import check_regularizer
@@ -58,7 +59,7 @@ def test_every_layer_is_gated_as_if_its_weights_were(name, granularity):
     attachment = L0(granularity=granularity).attach(layer, seed=1)
     _spread(attachment)
     got = layer(x)
-    z = hard_concrete(_gates(attachment), attachment._logistic["weight"]).detach()
+    z = hard_concrete(_gates(attachment), logistic_like(_gates(attachment), attachment._seeds["weight"])).detach()
     with torch.no_grad():
         plain.weight.mul_(target.spread(z) if granularity == "unit" else z)
         if plain.bias is not None and granularity == "unit":

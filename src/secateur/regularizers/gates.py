@@ -17,45 +17,18 @@ from secateur.core.seeds import keyed_generator
 from secateur.core.targets import Target, Targets
 from secateur.errors import CheckpointError
 from secateur.regularizers.attachment import Attachment
+from secateur.regularizers.hard_concrete import ExpectedOpen, GatedWeight, hard_concrete, keep_probability
 from secateur.regularizers.l0 import L0
 from secateur.regularizers.layers import layers_of, refuse_unsupported
-from secateur.regularizers.seeded import draw_seeds, seeded_uniform
+from secateur.regularizers.seeded import draw_seeds, logistic_like
 from secateur.regularizers.smallify import Smallify
 from secateur.regularizers.stream import NoiseStream
 from secateur.regularizers.substitute import multiply_units, substitute
 from secateur.regularizers.unit_sites import own_site
 
-__all__ = ["Gates", "HardConcreteGates", "SignGates", "hard_concrete", "keep_probability", "sign_statistics"]
+__all__ = ["Gates", "HardConcreteGates", "SignGates", "sign_statistics"]
 
-# The hard-concrete distribution of the paper: temperature, and the interval a gate is stretched to.
-_BETA, _LOW, _HIGH = 2.0 / 3.0, -0.1, 1.1
-_SHIFT = _BETA * math.log(-_LOW / _HIGH)
 _LIMIT = math.log(100.0)
-
-
-def keep_probability(log_alpha: Tensor) -> Tensor:
-    """Probability that a hard-concrete gate is not zero.
-
-    Examples:
-        >>> keep_probability(torch.tensor([-3.0, 0.0, 3.0]))
-        tensor([0.1976, 0.8318, 0.9900])
-    """
-    return torch.sigmoid(log_alpha - _SHIFT)
-
-
-def hard_concrete(log_alpha: Tensor, logistic: Tensor | None = None) -> Tensor:
-    """A hard-concrete gate in [0, 1].
-
-    Args:
-        log_alpha: location.
-        logistic: noise of the standard logistic distribution; None for the gate of evaluation.
-
-    Examples:
-        >>> hard_concrete(torch.tensor([-3.0, -2.0, 0.0, 3.0]))
-        tensor([0.0000, 0.0430, 0.5000, 1.0000])
-    """
-    s = torch.sigmoid(log_alpha if logistic is None else (logistic + log_alpha) / _BETA)
-    return (s * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
 
 
 def sign_statistics(sign: Tensor, mean: Tensor, variance: Tensor, decay: float) -> tuple[Tensor, Tensor]:
@@ -93,6 +66,10 @@ class Gates(Attachment):
     def gate(self, target: Target, training: bool) -> Tensor:
         """The gates of one target, in the graph."""
 
+    def gated(self, weight: Tensor, target: Target, training: bool) -> Tensor:
+        """The weight of one target times its gates, one each weight, in the graph."""
+        return weight * self.gate(target, training)
+
     def parameter(self, target: Target) -> nn.Parameter:
         """The learned parameter of one target."""
         found: nn.Parameter = getattr(self.network.get_submodule(target.module), self.leaf)
@@ -100,7 +77,7 @@ class Gates(Attachment):
 
     def _gate(self, layer: nn.Module, target: Target) -> list[RemovableHandle]:
         def gated(module: Any, x: Tensor) -> dict[str, Tensor]:
-            return {"weight": module.weight * self.gate(target, module.training)}
+            return {"weight": self.gated(module.weight, target, module.training)}
 
         if not self._by_unit:
             return substitute(layer, gated)
@@ -131,13 +108,13 @@ class HardConcreteGates(Gates):
 
     def __init__(self, spec: L0, model: nn.Module, targets: Targets | None, seed: int) -> None:
         self._l0 = spec
-        self._logistic: dict[str, Tensor] = {}
+        # Of the present draw: a seed for each target's noise, or all gates where they are few.
+        self._seeds: dict[str, Tensor] = {}
         self._gates: dict[str, Tensor] = {}
         super().__init__(spec, model, targets, seed)
         # Unit gates are few numbers in many layers, so all are worked on as one: calls are what they cost.
         self._sizes = [t.units for t in self.targets]
         self._fan_in = torch.tensor([float(t.fan_in) for t in self.targets])
-        self._device = self.stream.device
         # It draws seeds, whatever device the noise is for.
         self.stream = NoiseStream(seed)
 
@@ -148,27 +125,33 @@ class HardConcreteGates(Gates):
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for target, seed in zip(self.targets, draw_seeds(self.stream, len(self.targets)), strict=True):
-            log_alpha = self.parameter(target)
-            uniform = seeded_uniform(tuple(log_alpha.shape), seed, self._device)
-            self._logistic[target.name] = torch.logit(uniform, eps=1e-6).to(log_alpha.dtype)
+            self._seeds[target.name] = torch.tensor(seed)
         if self._by_unit:
-            gates = hard_concrete(self._log_alphas(), torch.cat(list(self._logistic.values())))
-            self._gates = dict(zip(self._logistic, gates.split(self._sizes), strict=True))
+            noise = [logistic_like(self.parameter(t), self._seeds[t.name]) for t in self.targets]
+            gates = hard_concrete(self._log_alphas(), torch.cat(noise))
+            self._gates = dict(zip(self._seeds, gates.split(self._sizes), strict=True))
 
     def _log_alphas(self) -> Tensor:
         return torch.cat([self.parameter(t) for t in self.targets])
 
     def end(self) -> None:
-        self._logistic.clear()
+        self._seeds.clear()
         self._gates.clear()
 
+    def _is_drawn(self, target: Target, training: bool) -> bool:
+        # Without a seed it is a pass without gradients.
+        return (training or self.is_sampling) and target.name in self._seeds
+
     def gate(self, target: Target, training: bool) -> Tensor:
-        # Without noise it is a pass without gradients.
-        if not (training or self.is_sampling) or target.name not in self._logistic:
-            return hard_concrete(self.parameter(target))
-        if self._by_unit:
+        if self._by_unit and self._is_drawn(target, training):
             return self._gates[target.name]
-        return hard_concrete(self.parameter(target), self._logistic[target.name])
+        return hard_concrete(self.parameter(target))
+
+    def gated(self, weight: Tensor, target: Target, training: bool) -> Tensor:
+        if not self._is_drawn(target, training):
+            return super().gated(weight, target, training)
+        gated: Tensor = GatedWeight.apply(weight, self.parameter(target), self._seeds[target.name])
+        return gated
 
     def penalty(self) -> Tensor | float:
         if not self._l0.factor:
@@ -177,7 +160,7 @@ class HardConcreteGates(Gates):
             kept = keep_probability(self._log_alphas())
             weights = self._fan_in.repeat_interleave(torch.tensor(self._sizes)).to(kept.device, kept.dtype)
             return self._l0.factor * (kept * weights).sum()
-        return self._l0.factor * torch.stack([keep_probability(self.parameter(t)).sum() for t in self.targets]).sum()
+        return self._l0.factor * torch.stack([ExpectedOpen.apply(self.parameter(t)) for t in self.targets]).sum()
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.core.normal import standard_normal
 from secateur.regularizers.stream import NoiseStream
 
-__all__ = ["draw_seeds", "normal_like", "seeded_uniform"]
+__all__ = ["draw_seeds", "logistic_like", "normal_like"]
 
 
 def draw_seeds(stream: NoiseStream, count: int) -> list[int]:
@@ -21,12 +21,10 @@ def draw_seeds(stream: NoiseStream, count: int) -> list[int]:
     return seeds
 
 
-def seeded_uniform(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Float32 numbers uniform in [0, 1).
-
-    Randomness: determined by the seed and the device type.
-    """
-    return torch.rand(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+def _logistic_like(like: Tensor, seed: Tensor) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    uniform = torch.rand(like.shape, generator=generator, device=like.device)
+    return torch.empty_like(like).copy_(uniform.logit_(eps=1e-6))
 
 
 def _normal_like(like: Tensor, seed: Tensor) -> Tensor:
@@ -42,11 +40,20 @@ def _shaped_like(like: Tensor, seed: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-# An operator of its own, because a compiled graph cannot draw from a generator; to the graph it is a pure function.
-_operator: Any = torch.library.custom_op(
-    "secateur::normal_like", _normal_like, mutates_args=(), schema="(Tensor like, Tensor seed) -> Tensor"
-)
-_operator.register_fake(_shaped_like)
+def _laid_out_like(like: Tensor, seed: Tensor) -> Tensor:
+    return torch.empty_like(like)
+
+
+def _operator(name: str, make: Any, shape: Any) -> Any:
+    """An operator, because a compiled graph cannot draw from a generator; to the graph it is a pure function."""
+    schema = "(Tensor like, Tensor seed) -> Tensor"
+    made = torch.library.custom_op(f"secateur::{name}", make, mutates_args=(), schema=schema)
+    made.register_fake(shape)
+    return made
+
+
+_normal = _operator("normal_like", _normal_like, _shaped_like)
+_logistic = _operator("logistic_like", _logistic_like, _laid_out_like)
 
 
 def normal_like(like: Tensor, seed: Tensor) -> Tensor:
@@ -59,5 +66,18 @@ def normal_like(like: Tensor, seed: Tensor) -> Tensor:
 
     Randomness: determined by the seed, the shape, the dtype and the device type; no generator is touched.
     """
-    noise: Tensor = _operator(like.detach(), seed)
+    noise: Tensor = _normal(like.detach(), seed)
+    return noise
+
+
+def logistic_like(like: Tensor, seed: Tensor) -> Tensor:
+    """Numbers of the standard logistic distribution, shape, layout and dtype of `like`; no gradient. Made of uniform
+    float32 numbers within [1e-6, 1 - 1e-6]. Works inside compiled graphs.
+
+    Args:
+        seed: an int64 number on the CPU.
+
+    Randomness: determined by the seed, the shape and the device type; no generator is touched.
+    """
+    noise: Tensor = _logistic(like.detach(), seed)
     return noise

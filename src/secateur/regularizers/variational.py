@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from secateur.core.targets import Target, Targets
 from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.layers import layer_output, layers_of, only_input, refuse_unsupported
 from secateur.regularizers.parallel import data_rank
+from secateur.regularizers.pieces import pieces, total
 from secateur.regularizers.seeded import draw_seeds, normal_like
 from secateur.regularizers.stream import NoiseStream
 from secateur.regularizers.variational_dropout import VariationalDropout
@@ -23,7 +23,6 @@ __all__ = ["VariationalNoise", "divergence", "log_alpha_of"]
 
 _LEAF = "variational_dropout_log_sigma2"
 _EPSILON, _LIMIT = 1e-8, 8.0
-_PIECE = 1 << 17
 _K1, _K2, _K3 = 0.63576, 1.8732, 1.48695
 
 
@@ -43,37 +42,63 @@ def divergence(log_alpha: Tensor) -> Tensor:
     return _K1 - _K1 * torch.sigmoid(_K2 + _K3 * log_alpha) - 0.5 * torch.log(torch.sigmoid(log_alpha))
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of tensors of one shape; on the processor they fit its cache, which makes work in them thrice as fast."""
-    first = tensors[0]
-    size = len(first) if first.device.type != "cpu" else max(1, _PIECE * len(first) // max(1, first.numel()))
-    return zip(*(t.split(size) for t in tensors), strict=True)
+@torch.no_grad()
+def divergence_of(weight: Tensor, log_sigma2: Tensor) -> Tensor:
+    """The sum of `divergence` over the weights of a layer, a number without derivatives."""
+    each = (divergence(log_alpha_of(w, s).clamp_(-_LIMIT, _LIMIT)) for w, s in pieces(weight, log_sigma2))
+    return total(each, weight.dtype)
 
 
-class _Divergence(torch.autograd.Function):
-    """The sum of `divergence(log_alpha)` over the weights of a layer, with its derivatives, in one go: what autograd
-    keeps for them would be ten copies of the weights."""
+class _DivergenceSlope(torch.autograd.Function):
+    """0 with the derivatives of `divergence_of`, to add to it. It keeps nothing: what autograd keeps of the formula
+    would be ten copies of the weights."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, log_sigma2: Tensor) -> Tensor:
-        of_weight, of_sigma = torch.empty_like(weight), torch.empty_like(weight)
-        total = weight.new_zeros(())
-        for w, s, dw, ds in _pieces(weight, log_sigma2, of_weight, of_sigma):
-            log_alpha = log_alpha_of(w, s)
-            limited = log_alpha.clamp(-_LIMIT, _LIMIT)
-            near, own = torch.sigmoid(_K2 + _K3 * limited), torch.sigmoid(limited)
-            total += divergence(limited).sum()
-            slope = -_K1 * _K3 * near * (1.0 - near) - 0.5 * (1.0 - own)
-            ds.copy_(slope.mul_(limited == log_alpha))
-            torch.mul(slope, -2.0 * w / (w.square() + _EPSILON), out=dw)
-        ctx.save_for_backward(of_weight, of_sigma)
-        return total
+        ctx.save_for_backward(weight, log_sigma2)
+        return weight.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        of_weight, of_sigma = ctx.saved_tensors
-        return gradient * of_weight, gradient * of_sigma
+        weight, log_sigma2 = ctx.saved_tensors
+        of_weight, of_sigma = torch.empty_like(weight), torch.empty_like(weight)
+        for w, s, dw, ds in pieces(weight, log_sigma2, of_weight, of_sigma):
+            log_alpha = log_alpha_of(w, s)
+            limited = log_alpha.clamp(-_LIMIT, _LIMIT)
+            near, own = torch.sigmoid(_K2 + _K3 * limited), torch.sigmoid(limited)
+            slope = -_K1 * _K3 * near * (1.0 - near) - 0.5 * (1.0 - own)
+            ds.copy_(slope.mul_(limited == log_alpha).mul_(gradient))
+            torch.mul(slope, -2.0 * w / (w.square() + _EPSILON), out=dw)
+        return of_weight, of_sigma
+
+
+class _NoiseOfWeights(torch.autograd.Function):
+    """The noise's variance, `exp(log_alpha) * weight^2` with log_alpha within its limits. It keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, log_sigma2: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, log_sigma2)
+        variance = torch.empty_like(weight)
+        for w, s, out in pieces(weight, log_sigma2, variance):
+            torch.mul(log_alpha_of(w, s).clamp_(-_LIMIT, _LIMIT).exp_(), w.square(), out=out)
+        return variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        weight, log_sigma2 = ctx.saved_tensors
+        of_weight, of_sigma = torch.empty_like(weight), torch.empty_like(weight)
+        for w, s, g, dw, ds in pieces(weight, log_sigma2, gradient, of_weight, of_sigma):
+            log_alpha = log_alpha_of(w, s)
+            limited = log_alpha.clamp(-_LIMIT, _LIMIT)
+            inside = limited == log_alpha
+            alpha, square = limited.exp_().mul_(g), w.square()
+            torch.mul(alpha, square, out=ds).mul_(inside)
+            # Within the limits alpha falls as the weight grows, so that little is left of 2 w alpha.
+            share = torch.where(inside, _EPSILON / (square + _EPSILON), 1.0)
+            torch.mul(alpha, w, out=dw).mul_(share).mul_(2.0)
+        return of_weight, of_sigma
 
 
 class _Square(torch.autograd.Function):
@@ -89,7 +114,7 @@ class _Square(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         slope = torch.empty_like(gradient)
-        for g, part, out in _pieces(gradient, x, slope):
+        for g, part, out in pieces(gradient, x, slope):
             torch.mul(g, part, out=out).mul_(2.0)
         return slope
 
@@ -103,7 +128,7 @@ class _Noisy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, variance: Tensor, seed: Tensor) -> Tensor:
         noise = normal_like(mean, seed)
-        for m, v, n in _pieces(mean, variance, noise):
+        for m, v, n in pieces(mean, variance, noise):
             # Fast convolutions may fall below zero by rounding.
             scale = v.clamp_min_(0.0).add_(_EPSILON).sqrt_()
             deviation = scale * n
@@ -126,6 +151,7 @@ class VariationalNoise(Attachment):
         super().__init__(spec, model, targets, seed)
         self._dropout = spec
         self._seeds: dict[str, Tensor] = {}
+        self._slopes: dict[str, tuple[Any, Tensor]] = {}
         # It draws seeds, whatever device the noise is for.
         self.stream = NoiseStream(seed)
         refuse_unsupported("VariationalDropout", self.network, self.targets)
@@ -146,6 +172,7 @@ class VariationalNoise(Attachment):
 
     def end(self) -> None:
         self._seeds.clear()
+        self._slopes.clear()
 
     def _log_alpha(self, target: Target) -> Tensor:
         return log_alpha_of(self.parameters[target.name], self._log_sigma2(target))
@@ -163,7 +190,9 @@ class VariationalNoise(Attachment):
             # Without a seed it is a pass without gradients.
             if not (layer.training or self.is_sampling) or target.name not in self._seeds:
                 return layer_output(layer, x, layer.weight * self._kept(target), layer.bias, output.shape)
-            noise_of_weights = self._log_alpha(target).clamp(-_LIMIT, _LIMIT).exp() * layer.weight.square()
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._slopes[target.name] = self._state(target), self._slope(target)
+            noise_of_weights = _NoiseOfWeights.apply(layer.weight, self._log_sigma2(target))
             variance = layer_output(layer, _Square.apply(x), noise_of_weights, None, output.shape)
             noisy: Tensor = _Noisy.apply(output, variance, self._seeds[target.name])
             return noisy
@@ -175,8 +204,24 @@ class VariationalNoise(Attachment):
         warm = min(1.0, self.progress.fraction / spec.warmup) if spec.warmup else 1.0
         if not spec.factor:
             return 0.0
-        each = [_Divergence.apply(self.parameters[t.name], self._log_sigma2(t)) for t in self.targets]
+        each = [divergence_of(self.parameters[t.name], self._log_sigma2(t)) + self._taken(t) for t in self.targets]
         return spec.factor * warm * torch.stack(each).sum()
+
+    def _slope(self, target: Target) -> Tensor:
+        slope: Tensor = _DivergenceSlope.apply(self.parameters[target.name], self._log_sigma2(target))
+        return slope
+
+    def _taken(self, target: Target) -> Tensor:
+        """The slope of one target; once that of the forward pass, if nothing has changed since.
+
+        A backward pass goes from the latest to the earliest. Were it made here, the gradients of all penalties would
+        come first, and lie beside all that the loss still needs.
+        """
+        state, slope = self._slopes.pop(target.name, (None, None))
+        return slope if slope is not None and state == self._state(target) else self._slope(target)
+
+    def _state(self, target: Target) -> tuple[tuple[int, bool], ...]:
+        return tuple((p._version, p.requires_grad) for p in (self.parameters[target.name], self._log_sigma2(target)))
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
