@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from secateur.core.duration import Progress
+from secateur.regularizers import hard_concrete as gates
 from secateur.regularizers import pieces as in_pieces
-from secateur.regularizers.hard_concrete import ExpectedOpen, GatedWeight, hard_concrete, keep_probability
+from secateur.regularizers.hard_concrete import expected_open, gated_weight, hard_concrete, keep_probability
 from secateur.regularizers.l0 import L0
 from secateur.regularizers.seeded import logistic_like
 from secateur.regularizers.variational import (
@@ -32,8 +33,10 @@ SEED = torch.tensor(2**61 + 5)
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
+def as_large(monkeypatch):
+    """What is small here stands for large layers."""
     monkeypatch.setattr(in_pieces, "_PIECE", 1 << 10)
+    monkeypatch.setattr(gates, "SMALL", 0)
 
 
 class Live(TorchDispatchMode):
@@ -103,7 +106,7 @@ def _plainly_gated(weight, log_alpha):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gated_weights_and_their_gradients_equal_those_of_the_formula(layout):
     weight, log_alpha = (t.detach().to(memory_format=layout).requires_grad_() for t in _weights((40, 11, 3, 3)))
-    ours, plain = GatedWeight.apply(weight, log_alpha, SEED), _plainly_gated(weight, log_alpha)
+    ours, plain = gated_weight(weight, log_alpha, SEED), _plainly_gated(weight, log_alpha)
     torch.testing.assert_close(ours, plain)
     assert ours.stride() == plain.stride()
     back = torch.randn_like(ours)
@@ -117,7 +120,7 @@ def test_gated_weights_have_second_derivatives():
     weight, log_alpha = _weights((4, 5))
     back, again = torch.randn(4, 5, dtype=torch.float64).requires_grad_(), torch.randn(2, 4, 5, dtype=torch.float64)
     results = []
-    for gated in (GatedWeight.apply(weight, log_alpha, SEED), _plainly_gated(weight, log_alpha)):
+    for gated in (gated_weight(weight, log_alpha, SEED), _plainly_gated(weight, log_alpha)):
         first = torch.autograd.grad(gated.sin(), [weight, log_alpha], back, create_graph=True)
         total = (torch.stack(first) * again).sum()
         results.append((*first, *torch.autograd.grad(total, [weight, log_alpha, back])))
@@ -127,7 +130,7 @@ def test_gated_weights_have_second_derivatives():
 def test_the_expected_number_of_open_gates_and_its_derivatives():
     (_, log_alpha) = _weights((30, 70))
     results = []
-    for number in (ExpectedOpen.apply(log_alpha), keep_probability(log_alpha).sum()):
+    for number in (expected_open(log_alpha), keep_probability(log_alpha).sum()):
         (flat,) = torch.autograd.grad(3 * number, [log_alpha], retain_graph=True)
         (first,) = torch.autograd.grad(3 * number.square(), [log_alpha], create_graph=True)
         results.append((number, flat, first, *torch.autograd.grad(first.square().sum(), [log_alpha])))

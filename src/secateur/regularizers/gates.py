@@ -17,7 +17,7 @@ from secateur.core.seeds import keyed_generator
 from secateur.core.targets import Target, Targets
 from secateur.errors import CheckpointError
 from secateur.regularizers.attachment import Attachment
-from secateur.regularizers.hard_concrete import ExpectedOpen, GatedWeight, hard_concrete, keep_probability
+from secateur.regularizers.hard_concrete import expected_open, gated_weight, hard_concrete, keep_probability
 from secateur.regularizers.l0 import L0
 from secateur.regularizers.layers import layers_of, refuse_unsupported
 from secateur.regularizers.seeded import draw_seeds, logistic_like
@@ -150,8 +150,7 @@ class HardConcreteGates(Gates):
     def gated(self, weight: Tensor, target: Target, training: bool) -> Tensor:
         if not self._is_drawn(target, training):
             return super().gated(weight, target, training)
-        gated: Tensor = GatedWeight.apply(weight, self.parameter(target), self._seeds[target.name])
-        return gated
+        return gated_weight(weight, self.parameter(target), self._seeds[target.name])
 
     def penalty(self) -> Tensor | float:
         if not self._l0.factor:
@@ -160,7 +159,7 @@ class HardConcreteGates(Gates):
             kept = keep_probability(self._log_alphas())
             weights = self._fan_in.repeat_interleave(torch.tensor(self._sizes)).to(kept.device, kept.dtype)
             return self._l0.factor * (kept * weights).sum()
-        return self._l0.factor * torch.stack([ExpectedOpen.apply(self.parameter(t)) for t in self.targets]).sum()
+        return self._l0.factor * torch.stack([expected_open(self.parameter(t)) for t in self.targets]).sum()
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Hard-concrete gates: the distribution, and its use on every weight of a layer, which keeps nothing but seeds."""
+"""Hard-concrete gates: the distribution, and its use on every weight of a layer without copies of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 from secateur.regularizers.pieces import pieces, total
 from secateur.regularizers.seeded import logistic_like
 
-__all__ = ["ExpectedOpen", "GatedWeight", "hard_concrete", "keep_probability"]
+__all__ = ["expected_open", "gated_weight", "hard_concrete", "keep_probability"]
 
 # The hard-concrete distribution of the paper: temperature, and the interval a gate is stretched to.
 _BETA, _LOW, _HIGH = 2.0 / 3.0, -0.1, 1.1
 _SHIFT = _BETA * math.log(-_LOW / _HIGH)
+# Up to so many weights copies are nothing, and what autograd makes of the formula is quicker.
+SMALL = 1 << 16
 
 
 def keep_probability(log_alpha: Tensor) -> Tensor:
@@ -49,9 +51,25 @@ def _slope(s: Tensor, gate: Tensor) -> Tensor:
     return s * (1.0 - s) * ((_HIGH - _LOW) / _BETA) * inside
 
 
-class GatedWeight(torch.autograd.Function):
-    """`weight * hard_concrete(log_alpha, noise)`. The noise is made again in the backward pass: with what autograd
-    keeps of each step of the formula, it would be four copies of the weights."""
+def gated_weight(weight: Tensor, log_alpha: Tensor, seed: Tensor) -> Tensor:
+    """`weight * hard_concrete(log_alpha, logistic_like(log_alpha, seed))`; of a large layer no more is kept."""
+    if weight.numel() <= SMALL:
+        return weight * hard_concrete(log_alpha, logistic_like(log_alpha, seed))
+    gated: Tensor = _GatedWeight.apply(weight, log_alpha, seed)
+    return gated
+
+
+def expected_open(log_alpha: Tensor) -> Tensor:
+    """The sum of `keep_probability(log_alpha)`; of a large layer no probabilities are kept."""
+    if log_alpha.numel() <= SMALL:
+        return keep_probability(log_alpha).sum()
+    number: Tensor = _ExpectedOpen.apply(log_alpha)
+    return number
+
+
+class _GatedWeight(torch.autograd.Function):
+    """The noise is made again in the backward pass: with what autograd keeps of each step of the formula, it would be
+    four copies of the weights."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, log_alpha: Tensor, seed: Tensor) -> Tensor:
@@ -78,9 +96,7 @@ class GatedWeight(torch.autograd.Function):
         return of_weight, noise, None
 
 
-class ExpectedOpen(torch.autograd.Function):
-    """The sum of `keep_probability(log_alpha)`, which keeps no copy of the probabilities."""
-
+class _ExpectedOpen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_alpha: Tensor) -> Tensor:
         ctx.save_for_backward(log_alpha)
