@@ -38,7 +38,8 @@ class L0(Regularizer):
 
     Randomness: the attachment's own stream gives one seed a target and step, outside the graph.
     Cost: one multiplication per regularized weight, and one copy of them until the backward pass; `"unit"`: per output
-        where these are fewer.
+        where these are fewer. `"weight"`: noise is made twice, except in layers of at most 65,536 weights, which hold
+        it and what the gates are made of.
 
     Reference: Louizos, Welling, Kingma 2018, "Learning Sparse Neural Networks through L0 Regularization",
     equations 10-13.

@@ -80,7 +80,7 @@ def logistic_like(like: Tensor, seed: Tensor) -> Tensor:
 
     Randomness: determined by the seed, the shape and the device type; no generator is touched.
     """
-    # As an operator it takes half as long again for a small layer.
+    # An operator costs more to call, which counts where layers are small.
     make = _logistic if torch.compiler.is_compiling() else _logistic_like
     noise: Tensor = make(like.detach(), seed)
     return noise

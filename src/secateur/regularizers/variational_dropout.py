@@ -37,7 +37,7 @@ class VariationalDropout(Regularizer):
     Randomness: the attachment's own stream gives one seed a target and step, outside the graph; an operator makes
     the noise from it, in compiled graphs too. A layer called twice in one forward pass sees the same noise twice.
     Cost: a second forward and backward pass of the layers and a normal number per output (on the CPU one of 65,536
-        quantiles).
+        quantiles); one copy of the weights until the backward pass.
 
     Reference: Molchanov, Ashukha, Vetrov 2017, "Variational Dropout Sparsifies Deep Neural Networks", equation 14
     (divergence) and section 4 (sigma^2 learned in place of alpha, noise on outputs).
