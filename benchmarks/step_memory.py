@@ -6,9 +6,6 @@ The peak of resident memory over a few steps (SGD with momentum), each case in a
 steps; a network of 17 M weights and a batch of 8, so that weights are what counts. What is drawn for a step, the
 multiplied copy of the weights, masks, the gradient and momentum of learned parameters are all in it; those parameters
 themselves, which are there before the first step, and code that is loaded at its first use are not.
-
-Unit-level dropout and Targeted Dropout hold the multiplied weights until the backward pass, at any batch. In a network
-of convolutions those are few beside its activations; here they are all there is.
 """
 
 from __future__ import annotations

@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from secateur.core.duration import Progress
 from secateur.core.targets import find_targets
-from secateur.regularizers import noisy_weight
+from secateur.errors import UsageError
+from secateur.regularizers import noisy_weight, weight_swap
 from secateur.regularizers.base import WeightNoise
 from secateur.regularizers.dropout import Dropout
 from secateur.regularizers.targeted_dropout import TargetedDropout
+from secateur.regularizers.watch import can_watch
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +89,7 @@ def test_outputs_and_gradients_are_those_of_multiplied_weights(kind, spec):
             layer.zero_grad()
             x.grad = None
             found = layer(x)
-            # Nothing but the layer itself sees another weight.
+            # Plain again, as soon as the forward pass is over.
             assert torch.equal(layer[0].weight, plain)
             found.sin().sum().backward()
             torch.testing.assert_close(found, expected)
@@ -95,13 +98,11 @@ def test_outputs_and_gradients_are_those_of_multiplied_weights(kind, spec):
             if layer[0].bias is not None:
                 torch.testing.assert_close(layer[0].bias.grad, twin[0].bias.grad)
             attached.after_step(Progress(1, 10, 10))
-        assert attached._running.keys() == {"0.weight"}
-    assert not layer[0]._forward_hooks
-    assert not layer[0]._forward_pre_hooks
+        assert all(slot._noisy is None for slot in attached._slots)
     assert layer[0].weight._backward_hooks is None
 
 
-def test_the_unit_that_is_dropped_puts_out_its_bias_whatever_comes_in():
+def test_a_unit_that_is_dropped_puts_out_its_bias():
     layer = nn.Linear(12, 6)
     with torch.no_grad():
         layer.weight[1] = 1e30
@@ -129,31 +130,23 @@ class _Largest(TorchDispatchMode):
 def test_no_tensor_as_large_as_the_weight_is_made_before_its_gradient(spec):
     network = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64))
     with spec.attach(network) as attached:
+        # The draw looks at norms of the weights; the forward pass is what is asked about.
+        network.register_forward_pre_hook(lambda *_: made.__enter__() and None)
+        network.register_forward_hook(lambda *_: made.__exit__(None, None, None) and None, prepend=True)
+        made = _Largest()
         network(torch.randn(2, 64)).sum().backward()
-        attached.after_step(Progress(1, 10, 10))
-        attached.begin((), {})
-        attached._used = True
-        with torch.no_grad(), _Largest() as made:
-            network[2](network[1](network[0](torch.randn(2, 64))))
         assert made.numbers == 2 * 64
         assert all(slot._noisy is None for slot in attached._slots)
-        attached.end()
 
 
-class Functional(nn.Module):
-    def __init__(self) -> None:
+class Net(nn.Module):
+    def __init__(self, forward) -> None:
         super().__init__()
         self.layer, self.free = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.own = forward
 
     def forward(self, x):
-        # A look at its type is no use of it.
-        x = self.free(x.to(self.free.weight.dtype))
-        return F.linear(self.layer(x), self.layer.weight)
-
-
-class Uncalled(Functional):
-    def forward(self, x):
-        return F.linear(self.free(x), self.layer.weight, self.layer.bias)
+        return self.own(self, x)
 
 
 class Odd(nn.Linear):
@@ -161,53 +154,163 @@ class Odd(nn.Linear):
         return super().forward(x) * 2.0
 
 
-class Tied(nn.Module):
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Tied(Net):
     def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.other, self.free = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
-        self.other.weight = self.layer.weight
-
-    def forward(self, x):
-        return self.other(self.layer(self.free(x)))
+        super().__init__(lambda net, x: net.free(net.layer(x)))
+        self.free.weight = self.layer.weight
 
 
-class NotInEval(Functional):
-    def forward(self, x):
-        if not self.training:
-            raise RuntimeError("not now")
-        return self.layer(self.free(x))
+class Product(torch.autograd.Function):
+    """A linear layer that reads its weight again in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.t() @ x
 
 
-ELSEWHERE: dict[str, tuple[Any, set[str]]] = {
-    "a function": (Functional, {"free.weight"}),
-    "not called": (Uncalled, {"free.weight"}),
-    "a forward of its own": (lambda: nn.Sequential(Odd(12, 12), nn.Linear(12, 12)), {"1.weight"}),
-    "tied": (Tied, {"free.weight"}),
-    "no pass in eval mode": (NotInEval, set()),
-    "attention": (
-        lambda: nn.TransformerEncoderLayer(12, 2, 24, dropout=0.0),
-        {"linear1.weight", "linear2.weight"},
+def _twice(net, x):
+    return net.layer(net.layer(x).relu())
+
+
+def _half_frozen(net, x):
+    with torch.no_grad():
+        x = net.layer(x)
+    return net.free(net.layer(x))
+
+
+READ: dict[str, tuple[Any, bool]] = {
+    "its layer": (lambda: Net(lambda net, x: net.free(net.layer(x))), False),
+    "its layer, twice": (lambda: Net(_twice), False),
+    "a function": (
+        lambda: Net(lambda net, x: F.linear(net.free(x.to(net.layer.weight.dtype)), net.layer.weight)),
+        False,
+    ),
+    "a function by name": (lambda: Net(lambda net, x: F.linear(input=x, weight=net.layer.weight, bias=None)), False),
+    "its layer and a function": (lambda: Net(lambda net, x: F.linear(net.layer(x), net.layer.weight.t())), False),
+    "a sum": (lambda: Net(lambda net, x: net.layer(x) + net.layer.weight.sum()), False),
+    "a list": (lambda: Net(lambda net, x: x @ torch.cat([net.layer.weight, net.free.weight]).t()), False),
+    "turned around": (lambda: Net(lambda net, x: x @ net.layer.weight.T + net.free(x)), False),
+    "its data": (lambda: Net(lambda net, x: x @ net.layer.weight.data.t() + net.free(x)), True),
+    "detached": (lambda: Net(lambda net, x: x @ net.layer.weight.detach().t() + net.free(x)), True),
+    "without gradients": (lambda: Net(_half_frozen), True),
+    "in training only": (
+        lambda: Net(lambda net, x: F.linear(x, net.layer.weight) if net.training else net.layer(x)),
+        False,
+    ),
+    "not in eval mode": (lambda: Net(lambda net, x: net.layer(x) if net.training else 1 / 0), False),
+    "inputs changed in place": (lambda: Net(lambda net, x: net.layer(x.clone().sub_(0.5).mul_(2.0))), False),
+    "a forward of its own": (lambda: nn.Sequential(Odd(12, 12), nn.Linear(12, 12)), False),
+    "tied": (Tied, False),
+    "attention": (lambda: nn.TransformerEncoderLayer(12, 2, 24, dropout=0.0), False),
+    "a standardized convolution": (
+        lambda: nn.Sequential(nn.Unflatten(1, (3, 2, 2)), Standardized(3, 5, 2)),
+        False,
+    ),
+    "an autograd function": (lambda: Net(lambda net, x: Product.apply(net.free(x), net.layer.weight)), True),
+    "a checkpoint": (lambda: Net(lambda net, x: checkpoint(_twice, net, x, use_reentrant=False)), True),
+    "a reentrant checkpoint": (
+        lambda: Net(lambda net, x: checkpoint(_twice, net, net.free(x), use_reentrant=True)),
+        True,
     ),
 }
 
 
-@pytest.mark.parametrize("kind", ELSEWHERE)
-def test_weights_that_are_read_elsewhere_are_multiplied_themselves(kind):
+@pytest.mark.parametrize("kind", READ)
+def test_whoever_reads_a_weight_in_the_forward_pass_reads_the_product(kind):
     torch.manual_seed(0)
-    make, running = ELSEWHERE[kind]
-    network = make().train()
-    x, spec = torch.randn(3, 12), Fixed()
+    make, exchanged = READ[kind]
+    network, spec, x = make().train(), Fixed(factor=1.3), torch.randn(3, 12)
     twin = _weights(spec, network)
     expected = twin(x)
     expected.sin().sum().backward()
     multipliers = {t.name: spec.weights(t).float() for t in find_targets(network)}
     with spec.attach(network) as attached:
-        found = network(x)
-        found.sin().sum().backward()
-        assert attached._running.keys() == running
-    torch.testing.assert_close(found, expected)
-    for name, by in multipliers.items():
-        torch.testing.assert_close(network.get_parameter(name).grad, twin.get_parameter(name).grad * by)
+        for step in range(2):
+            network.zero_grad()
+            found = network(x)
+            assert _get_current_function_mode() is None
+            found.sin().sum().backward()
+            torch.testing.assert_close(found, expected)
+            for name, by in multipliers.items():
+                gradient, plain = network.get_parameter(name).grad, twin.get_parameter(name).grad
+                assert (gradient is None) == (plain is None)
+                if gradient is not None:
+                    torch.testing.assert_close(gradient, plain * by)
+            attached.after_step(Progress(step + 1, 10, 10))
+        assert bool(attached._running.unfit) == exchanged
+        assert any(slot._noisy is not None for slot in attached._slots) == exchanged
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_hooks_of_others_see_the_noisy_output(rows):
+    torch.manual_seed(0)
+    network, spec, x = nn.Sequential(nn.Linear(12, 6)), Fixed(factor=1.3), torch.randn(rows, 12)
+    network[0].register_forward_hook(lambda module, args, output: output.relu())
+    expected = _weights(spec, network)(x)
+    with spec.attach(network):
+        torch.testing.assert_close(network(x), expected)
+
+
+def test_an_interrupt_leaves_the_network_and_the_modes_as_they_were():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    network = nn.Sequential(nn.Linear(12, 6), nn.ReLU())
+    plain = copy.deepcopy(network.state_dict())
+    attached = Fixed().attach(network)
+    handle = network[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        network(torch.randn(2, 12))
+    handle.remove()
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in plain.items())
+    attached.remove()
+    assert _get_current_function_mode() is None
+    assert isinstance(network[0].weight, nn.Parameter)
+
+
+def test_what_the_forward_pass_writes_into_a_weight_is_not_lost_silently():
+    def forward(net, x):
+        net.layer.weight.detach().mul_(0.5)
+        return net.layer(x)
+
+    network = Net(forward)
+    attached = Fixed().attach(network)
+    network(torch.randn(3, 12)).sum().backward()
+    with pytest.raises(UsageError, match="was written to between a training forward pass and the optimizer step"):
+        attached.after_step(Progress(1, 10, 10))
+    attached.remove()
+
+
+def test_elsewhere_weights_are_exchanged(monkeypatch):
+    """In networks that no mode can watch."""
+    network, spec, x = nn.Sequential(nn.Linear(12, 6)), Fixed(), torch.randn(3, 12)
+    expected = _weights(spec, network)(x)
+    monkeypatch.setattr(weight_swap, "can_watch", lambda model: False)
+    with spec.attach(network) as attached:
+        torch.testing.assert_close(network(x), expected)
+        assert attached._swapped
+        assert not attached._running
+
+
+def test_compiled_scripted_and_replicated_networks_cannot_be_watched():
+    layer = nn.Sequential(nn.Linear(2, 2))
+    assert can_watch(layer)
+    assert not can_watch(torch.compile(layer))
+    assert not can_watch(nn.DataParallel(layer))
+    assert not can_watch(nn.Sequential(torch.jit.trace(layer, torch.ones(1, 2))))
+    layer[0].compile()
+    assert not can_watch(layer)
 
 
 def test_an_evaluation_between_the_passes_sees_plain_layers():
@@ -223,9 +326,7 @@ def test_an_evaluation_between_the_passes_sees_plain_layers():
         assert torch.equal(network.state_dict()["0.weight"], network[0].weight)
         network.train()
         noisy.sum().backward()
-        # The draw is over with the step.
         attached.after_step(Progress(1, 10, 10))
-        assert torch.equal(network[1](network[0](x)), plain)
 
 
 def test_passes_that_share_a_backward_pass_share_a_draw():
@@ -237,26 +338,6 @@ def test_passes_that_share_a_backward_pass_share_a_draw():
         assert torch.equal(one, two)
         (one + two).sum().backward()
         assert not torch.equal(network(x), one)
-
-
-def test_a_layer_that_is_called_twice_and_computed_again_in_the_backward_pass():
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(12, 12)
-
-        def forward(self, x):
-            return checkpoint(lambda y: self.layer(self.layer(y).relu()), x, use_reentrant=False)
-
-    torch.manual_seed(0)
-    network, spec, x = Twice(), Fixed(), torch.randn(3, 12)
-    twin = _weights(spec, network)
-    twin(x).sin().sum().backward()
-    with spec.attach(network) as attached:
-        network(x).sin().sum().backward()
-        assert attached._running.keys() == {"layer.weight"}
-    (target,) = find_targets(network)
-    torch.testing.assert_close(network.layer.weight.grad, twin.layer.weight.grad * spec.weights(target).float())
 
 
 def test_under_autocast_outputs_keep_their_type():

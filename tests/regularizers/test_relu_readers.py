@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode
+from torch.utils.checkpoint import checkpoint
 
 from secateur.core.duration import Progress
 from secateur.core.targets import find_targets
@@ -39,6 +40,16 @@ class _Double(torch.autograd.Function):
         return gradient * 2
 
 
+class _Numbers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(x.numpy() * 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
 def _attached(model: nn.Module, **fields) -> RankedChannelDropout:
     spec = DDrop(keep_min=0.2, keep_max=0.8, **{"l1": 0.0, **fields})
     attached = spec.attach(model, find_targets(model, kind=spec.acts_on), seed=3)
@@ -57,7 +68,7 @@ def _step(model: nn.Module, attached: RankedChannelDropout, x: Tensor, step: int
 def _found(model: nn.Module, **fields) -> frozenset[str]:
     with _attached(model.train(), **fields) as attached:
         _step(model, attached, torch.randn(4, 3, 8, 8), 1)
-        return attached._before_relu
+        return attached._found
 
 
 ALONE = {
@@ -79,6 +90,7 @@ NOT_ALONE = {
     "list": lambda y: F.relu(y) + torch.stack([y, y])[0],
     "detached": lambda y: F.relu(y) + y.detach(),
     "kept": lambda y: KEPT.append(y) or F.relu(y),
+    "its numbers": lambda y: F.relu(y) + _Numbers.apply(y),
     "overwritten": lambda y: F.relu(y) + y.add_(1.0),
 }
 
@@ -108,7 +120,7 @@ def test_a_hook_that_reads_the_output_counts() -> None:
     with _attached(network) as attached:
         network.bn.register_forward_hook(lambda m, a, out: sums.append(out.abs().sum()))
         _step(network, attached, torch.randn(4, 3, 8, 8), 1)
-        assert attached._before_relu == frozenset()
+        assert attached._found == frozenset()
 
 
 @pytest.mark.parametrize("fields", [{}, {"scores": "weight_norm"}], ids=["gamma", "weight_norm"])
@@ -121,31 +133,75 @@ def test_gradients_and_outputs_are_those_of_products(fields: dict, monkeypatch: 
     seen = []
     for model, compiled in ((network, False), (twin, True)):
         # What is compiled is multiplied forward and backward.
-        monkeypatch.setattr(channel_noise, "is_compiled", lambda _, compiled=compiled: compiled)
+        monkeypatch.setattr(channel_noise, "can_watch", lambda _, compiled=compiled: not compiled)
         with _attached(model, **fields) as attached:
             outputs = []
             for step, batch in enumerate(batches):
                 outputs.append(_step(model, attached, batch, step + 1))
                 outputs += [p.grad.clone() for p in model.parameters()]
-            seen.append((outputs, attached._before_relu))
+            seen.append((outputs, attached._found))
     (ours, found), (products, none) = seen
     assert len(found) >= 10
     assert not none
     assert all(torch.equal(a, b) for a, b in zip(ours, products, strict=True))
 
 
-def test_dropped_units_get_no_gradient_after_the_first_pass() -> None:
-    network = Net(F.relu).train()
+def _gradients(tail, monkeypatch: pytest.MonkeyPatch, watched: bool) -> list[Tensor]:
+    """Of three steps of a network with that tail, its masks multiplied once or twice."""
+    monkeypatch.setattr(channel_noise, "can_watch", lambda _: watched)
+    torch.manual_seed(0)
+    network = Net(tail).train()
+    seen: list[Tensor] = []
+    with _attached(network) as attached:
+        for step, x in enumerate(torch.randn(3, 4, 3, 8, 8)):
+            _step(network, attached, x, step + 1)
+            seen += [p.grad.clone() for p in network.parameters()]
+    return seen
+
+
+def _checkpointed(y: Tensor) -> Tensor:
+    return checkpoint(lambda z: F.relu(z * 2.0), y, use_reentrant=False)
+
+
+@pytest.mark.parametrize("tail", [*ALONE.values(), *NOT_ALONE.values(), _checkpointed])
+def test_gradients_are_those_of_products_whoever_reads(tail, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, products = (_gradients(tail, monkeypatch, watched) for watched in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(ours, products, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_within_a_checkpoint(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Inside(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    seen = []
+    for watched in (True, False):
+        monkeypatch.setattr(channel_noise, "can_watch", lambda _, watched=watched: watched)
+        torch.manual_seed(0)
+        network = Inside(F.relu).train()
+        with _attached(network) as attached:
+            for step in range(3):
+                _step(network, attached, torch.randn(4, 3, 8, 8).requires_grad_(), step + 1)
+                seen += [p.grad.clone() for p in network.parameters()]
+            assert bool(attached._found) == watched
+    half = len(seen) // 2
+    assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+
+
+def test_what_sampling_reads_is_not_what_training_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Net(lambda y: F.relu(y) if network.training else F.relu(y) + 0.1 * y).train()
     with _attached(network) as attached:
         x = torch.randn(4, 3, 8, 8)
         _step(network, attached, x, 1)
-        seen: list[Tensor] = []
-        network.bn.register_forward_hook(lambda m, a, out: out.register_hook(seen.append) and None)
-        out = _step(network, attached, x, 2)
-        dropped = out.flatten(2).abs().sum(-1) == 0
-        assert dropped.any()
-        assert not dropped.all()
-        assert seen[0].flatten(2).abs().sum(-1)[dropped].eq(0).all()
+        found = []
+        for before in (attached._found, frozenset()):
+            attached._found = before
+            y = x.clone().requires_grad_()
+            with attached.sampling(seed=1):
+                network.eval()(y).sum().backward()
+            found.append(y.grad)
+        assert torch.equal(*found)
 
 
 def test_looked_at_again_every_epoch() -> None:
@@ -153,22 +209,24 @@ def test_looked_at_again_every_epoch() -> None:
     with _attached(network) as attached:
         x = torch.randn(4, 3, 8, 8)
         _step(network, attached, x, 1, per_epoch=2)
-        assert attached._before_relu == {"bn.weight"}
+        assert attached._found == {"bn.weight"}
         network.tail = lambda y: F.relu(y) + y
         _step(network, attached, x, 2, per_epoch=2)
         _step(network, attached, x, 3, per_epoch=2)
-        assert attached._before_relu == frozenset()
+        assert attached._found == frozenset()
 
 
-def test_a_pass_that_fails_leaves_no_mode_behind() -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_fails_leaves_no_mode_behind(error: type[BaseException]) -> None:
     def fail(y: Tensor) -> Tensor:
-        raise RuntimeError("no")
+        raise error("no")
 
     network = Net(fail).train()
     with _attached(network) as attached:
-        with pytest.raises(RuntimeError, match="no"):
+        with pytest.raises(error, match="no"):
             network(torch.randn(4, 3, 8, 8))
-        assert _get_current_function_mode() is None
+        # Nothing runs in torch when an interrupt passes by.
+        assert error is KeyboardInterrupt or _get_current_function_mode() is None
         network.tail = F.relu
         _step(network, attached, torch.randn(4, 3, 8, 8), 1)
     assert _get_current_function_mode() is None

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.core.targets import find_targets
 from secateur.errors import UsageError
-from secateur.regularizers import noisy_weight
+from secateur.regularizers import noisy_weight, weight_swap
 from secateur.regularizers.base import WeightNoise
 from secateur.regularizers.dropout import Dropout
 from secateur.regularizers.packed_mask import PackedMask
@@ -48,7 +48,8 @@ def form(request):
 
 @pytest.fixture(autouse=True, params=["as large", "as small"])
 def size(request, monkeypatch):
-    """Every test here on layers that are taken for large ones, and for small ones."""
+    """Every test here on layers that are taken for large ones, and for small ones, and by exchanged weights."""
+    monkeypatch.setattr(weight_swap, "can_watch", lambda model: False)
     if request.param == "as large":
         monkeypatch.setattr(noisy_weight, "SMALL", 0)
     return request.param

@@ -59,9 +59,10 @@ class Regularizer(ABC):
 class WeightNoise(Regularizer):
     """A regularizer that multiplies weights by fresh random numbers each step; write `multiplier` only.
 
-    Between the forward pass and the optimizer step the model runs on multiplied weights; the weights
-    themselves are put back before they are updated, and gradients are multiplied alike. That is exactly
-    the gradient of the loss at the multiplied weights, without any change to the model's graph or keys.
+    The forward pass runs on multiplied weights, and gradients are multiplied alike: exactly the gradient of the loss at
+    the multiplied weights. Between the forward pass and the optimizer step the multiplied weights are in the weights'
+    place, without any change to the model's graph or keys; large layers with one number for each unit have products
+    in the graph instead. Plain weights are updated.
     """
 
     granularities: ClassVar[tuple[str, ...]] = ("weight", "unit")

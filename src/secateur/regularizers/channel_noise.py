@@ -17,9 +17,10 @@ from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import Regularizer
 from secateur.regularizers.ddrop import DDrop, keep_probabilities
 from secateur.regularizers.parallel import data_rank
-from secateur.regularizers.relu_readers import ReluReaders, is_compiled
+from secateur.regularizers.relu_readers import ReluReaders
 from secateur.regularizers.substitute import multiply_units
 from secateur.regularizers.unit_sites import Site, find_sites, over_units
+from secateur.regularizers.watch import can_watch
 
 if TYPE_CHECKING:
     from secateur.regularizers.ddrop_scale import DDropScale
@@ -35,7 +36,8 @@ class ChannelNoise(Attachment):
 
     A ReLU sends back no gradient where its output is zero. So units that ReLUs alone read need not be multiplied a
     second time in the backward pass, if masks are zeros and ones: gradients are the same to the bit. Who reads them
-    is found out in the first training pass of every epoch.
+    is found out in the first training pass of every epoch. A network in which something else begins to read them in the
+    middle of an epoch gets a gradient of that part as if nothing had been dropped, until the next epoch.
     """
 
     per_sample = False
@@ -48,7 +50,8 @@ class ChannelNoise(Attachment):
         self._masks: dict[str, Tensor] = {}
         self._acted = False
         self._readers: ReluReaders | None = None
-        # Targets whose units ReLUs alone read, as far as is known.
+        # Targets whose units ReLUs alone read: as found last, and as the present pass takes it.
+        self._found: frozenset[str] = frozenset()
         self._before_relu: frozenset[str] = frozenset()
         self._looked = False
 
@@ -77,22 +80,31 @@ class ChannelNoise(Attachment):
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.locate(args, kwargs)
         self.draw(args, kwargs)
+        # What the last pass has shown holds from this one on: a pass may be computed again in its backward pass.
+        self._before_relu = frozenset() if self.is_sampling or not self._looked else self._found
         if not self._looked and self.per_sample and self.zero_one and not self.is_sampling:
-            self._looked, self._before_relu = True, frozenset()
-            if not is_compiled(self.model):
+            self._looked, self._found = True, frozenset()
+            if can_watch(self.model):
                 self._readers = ReluReaders()
                 self._readers.start()
 
     def resume(self) -> None:
         if self._readers is not None:
-            self._before_relu, self._readers = self._readers.stop(), None
+            self._found = self._readers.found()
+            self._stop_looking()
         super().resume()
+
+    def _stop_looking(self) -> None:
+        if self._readers is not None:
+            self._readers.stop()
+            self._readers = None
 
     @abstractmethod
     def draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Fill `_masks` for one forward pass."""
 
     def end(self) -> None:
+        self._stop_looking()
         self._masks.clear()
 
     def act_at(self, module: nn.Module, name: str, site: Site) -> list[RemovableHandle]:

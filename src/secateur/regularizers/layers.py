@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from secateur.core.targets import Target, Targets
 from secateur.errors import UsageError
 
-__all__ = ["layer_output", "layers_of", "only_input", "refuse_unsupported", "unsupported"]
+__all__ = ["layer_output", "layers_of", "only_input", "refuse_unsupported"]
 
 _PLAIN = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -29,38 +29,40 @@ def layers_of(network: nn.Module, target: Target) -> list[nn.Module]:
 
 def refuse_unsupported(method: str, network: nn.Module, targets: Targets) -> None:
     """`UsageError` if a target's layer does more, or less, than apply its weight and bias to its input."""
-    for name, what in unsupported(network, targets).items():
-        raise UsageError(
-            f'{method}: layer "{targets[name].module}" {what}; expected a Linear or convolution layer of torch that is '
-            f"called as it is; leave it out (exclude: [{name}])"
-        )
-
-
-def unsupported(network: nn.Module, targets: Targets) -> dict[str, str]:
-    """Targets whose layer does more, or less, than apply its weight and bias to its input, with what it does."""
     attention = {id(m.out_proj) for m in network.modules() if isinstance(m, nn.MultiheadAttention)}
     holders: dict[int, set[int]] = {}
     for module in network.modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), set()).add(id(module))
-    found: dict[str, str] = {}
     for target in targets:
         layers = layers_of(network, target)
-        whats = [what for layer in layers if (what := _obstacle(layer, id(layer) in attention))]
+        for layer in layers:
+            if what := _obstacle(layer, id(layer) in attention):
+                raise _refused(method, target, what)
         if holders[id(network.get_parameter(target.name))] != {id(layer) for layer in layers}:
-            whats.append("shares its weight with a module of another kind")
-        if whats:
-            found[target.name] = whats[0]
-    return found
+            raise _refused(method, target, "shares its weight with a module of another kind")
 
 
 def _obstacle(layer: nn.Module, attention: bool) -> str | None:
     if attention or isinstance(layer, nn.MultiheadAttention):
         return "belongs to an attention layer"
-    if "forward" in vars(layer) or all(type(layer).forward is not plain.forward for plain in _PLAIN):
+    if "forward" in vars(layer) or not any(_runs_as(layer, plain) for plain in _PLAIN):
         return f"is a {type(layer).__name__} with a forward of its own"
     added = sorted(layer._parameters.keys() - {"weight", "bias"})
     return f'has a parameter "{added[0]}", of another attached method perhaps' if added else None
+
+
+def _runs_as(layer: nn.Module, plain: type[nn.Module]) -> bool:
+    # Convolutions are what they are by this method, which `forward` calls.
+    names = ("forward", "_conv_forward")
+    return all(getattr(type(layer), name, None) is getattr(plain, name, None) for name in names)
+
+
+def _refused(method: str, target: Target, what: str) -> UsageError:
+    return UsageError(
+        f'{method}: layer "{target.module}" {what}; expected a Linear or convolution layer of torch that is called '
+        f"as it is; leave it out (exclude: [{target.name}])"
+    )
 
 
 def only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

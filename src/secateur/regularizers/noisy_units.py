@@ -1,108 +1,81 @@
-"""Large layers under noise of their units: multiplied while they run, so that no second weight is kept for them."""
+"""Units of large layers multiplied while a network runs, so that no second weight is kept for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from secateur.core.targets import Target, Targets
-from secateur.regularizers.attachment import Hook
-from secateur.regularizers.layers import unsupported
-from secateur.regularizers.quiet_pass import quiet_pass, tensors_in
+from secateur.regularizers.noisy_weight import NoisyWeight
+from secateur.regularizers.quiet_pass import tensors_in
 from secateur.regularizers.stream import as_numbers
-from secateur.regularizers.substitute import multiply_units
-from secateur.regularizers.unit_sites import own_site
+from secateur.regularizers.watch import Watch, is_look, property_of
 
-__all__ = ["NoisyUnits", "read_by_their_layer_alone"]
+__all__ = ["NoisyUnits", "is_per_unit"]
+
+_LAYERS = frozenset(["linear", "conv1d", "conv2d", "conv3d"])
+# What they give, or take, may be written into by others.
+_APART = frozenset(["detach", "__set__"])
 
 
-class NoisyUnits:
-    """A target whose layer's units are multiplied while it runs; its bias is not. The weight stays as it is."""
+class _Draw(NamedTuple):
+    slot: NoisyWeight
+    multiplier: Tensor
+    factor: float
 
-    def __init__(self, target: Target, layer: nn.Module) -> None:
-        self.target = target
-        self._factor: Tensor | None = None
-        self._shown = False
-        axis = own_site(target).axis
-        self.handles: list[Any] = multiply_units(
-            layer, target, axis, lambda _: self._factor if self._shown else None, with_bias=False
-        )
+    def numbers(self) -> Tensor:
+        """One number a unit, shaped like the weight's units."""
+        kept, dtype = self.multiplier, self.slot.parameter.dtype
+        numbers = as_numbers(kept, dtype) if kept.dtype is torch.bool else kept.to(dtype)
+        return numbers * self.factor
 
-    def swap(self, multiplier: Tensor, factor: float, weight: Tensor) -> None:
-        """Multiply from now on by `multiplier * factor`, one number for each unit."""
-        numbers = as_numbers(multiplier, weight.dtype) if multiplier.dtype is torch.bool else multiplier
-        self._factor = numbers.to(weight.dtype).flatten() * factor
-        self._shown = True
 
-    def show_plain(self) -> bool:
-        """Stop for a while; whether the weight has been left alone meanwhile, which does not matter here."""
-        self._shown = False
-        return True
+def is_per_unit(multiplier: Tensor, weight: Tensor) -> bool:
+    """Whether that is one number for each unit of a Linear or convolution layer's weight."""
+    return multiplier.shape == (weight.shape[0], *[1] * (weight.dim() - 1))
 
-    def show_noisy(self) -> None:
-        """Go on."""
-        self._shown = True
+
+class NoisyUnits(Watch):
+    """Between `start` and `stop` every function that reads the weight of a slot reads `weight * multiplier * factor`.
+
+    A Linear or convolution function whose outputs are fewer than its weights has its outputs multiplied instead, before
+    the bias is added. The weights themselves stay plain.
+
+    Args:
+        exchange: `exchange(slot, multiplier, factor)` puts the multiplied weight in the weight's place. It is called
+            where a function will read the weight again in the backward pass, unseen (inside checkpoints and autograd
+            functions), or may write into it.
+    """
+
+    def __init__(self, exchange: Callable[[NoisyWeight, Tensor, float], None]) -> None:
+        super().__init__()
+        self._exchange = exchange
+        self._draws: dict[int, _Draw] = {}
+        self._read: set[int] = set()
+        self._backward = True
+        # Slots that are to be exchanged from the beginning.
+        self.unfit: set[str] = set()
+
+    def multiply(self, slot: NoisyWeight, multiplier: Tensor, factor: float) -> None:
+        """What a slot's units are multiplied by in this draw."""
+        self._draws[id(slot.parameter)] = _Draw(slot, multiplier, factor)
+
+    def start(self, backward: bool = True) -> None:
+        """From here on; `backward`: a backward pass will follow."""
+        self._backward = backward
+        if self._draws:
+            super().start()
 
     def forget(self) -> None:
         """The draw is over."""
-        self._factor = None
+        self.stop()
+        self._draws.clear()
+        self._read.clear()
 
-
-def read_by_their_layer_alone(
-    network: nn.Module, targets: Targets, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> set[str]:
-    """Targets whose layer is a plain one, and whose weight nothing reads but that layer when it is called.
-
-    Runs `network` once in eval mode without gradients on `args` and `kwargs`. Where that fails none is sure.
-    """
-    odd = unsupported(network, targets).keys()
-    plain = [t for t in targets if t.name not in odd and not t.aliases]
-    readers = _Readers({id(network.get_parameter(t.name)): t.name for t in plain})
-    try:
-        with quiet_pass(network), readers.watching(network, plain), readers:
-            network.forward(*args, **kwargs)
-    except Exception:
-        # If something is wrong with the call, the training pass that follows says so.
-        return set()
-    return readers.called - readers.elsewhere
-
-
-class _Readers(TorchFunctionMode):
-    """`called`: targets whose layer was called; `elsewhere`: those whose weight was read outside of such a call."""
-
-    def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
-        self.called: set[str] = set()
-        self.elsewhere: set[str] = set()
-        self._names = names
-        self._inside: str | None = None
-
-    @contextmanager
-    def watching(self, network: nn.Module, targets: list[Target]) -> Iterator[None]:
-        """Within the block the targets' layers tell when they are called."""
-
-        def enter(name: str) -> None:
-            self.called.add(name)
-            self._inside = name
-
-        def leave() -> None:
-            self._inside = None
-
-        handles: list[Any] = []
-        for target in targets:
-            layer = network.get_submodule(target.module)
-            handles.append(layer.register_forward_pre_hook(Hook(lambda *_, name=target.name: enter(name))))
-            handles.append(layer.register_forward_hook(Hook(lambda *_: leave()), always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def __bool__(self) -> bool:
+        return bool(self._draws)
 
     def __torch_function__(
         self,
@@ -111,9 +84,69 @@ class _Readers(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        read = {self._names[id(t)] for t in tensors_in([args, kwargs]) if id(t) in self._names} - {self._inside}
-        # Its shape and the like may be looked at.
-        if read and (out is None or next(tensors_in(out), None) is not None):
-            self.elsewhere |= {name for name in read if name is not None}
-        return out
+        kwargs = kwargs or {}
+        read = {id(t) for t in tensors_in([args, kwargs])} & self._draws.keys()
+        if not read or is_look(func):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        again = self._is_read_again() or name in _APART or property_of(func) == "data"
+        for key in read:
+            draw = self._draws[key]
+            if again:
+                self.unfit.add(draw.slot.target.name)
+            if again and key not in self._read:
+                self._exchange(*self._draws.pop(key))
+        self._read |= read
+        read &= self._draws.keys()
+        if len(read) == 1 and name in _LAYERS and not again:
+            (key,) = read
+            x, weight, bias, *rest = _arguments(args, kwargs)
+            if id(weight) == key and id(x) != key and x.numel() // x.shape[_channels(weight)] < weight[0].numel():
+                return self._layer(func, self._draws[key], x, weight, bias, rest, kwargs)
+        return func(*self._replaced(args), **self._replaced(kwargs))
+
+    def _is_read_again(self) -> bool:
+        """Whether this is within a checkpoint or an autograd function."""
+        return self._backward and (not torch.is_grad_enabled() or _saves_are_hooked())
+
+    def _layer(
+        self, func: Any, draw: _Draw, x: Tensor, weight: Tensor, bias: Tensor | None, rest: list[Any], kwargs: Any
+    ) -> Tensor:
+        named = {k: v for k, v in kwargs.items() if k not in ("input", "weight", "bias")}
+        output: Tensor = func(x, weight, None, *rest, **named)
+        shape = [-1] + [1] * (weight.dim() - 2)
+        # In place: no layer here needs its output to go backward.
+        output = output.mul_(draw.numbers().reshape(shape).to(output.dtype))
+        return output if bias is None else output.add_(bias.reshape(shape).to(output.dtype))
+
+    def _replaced(self, value: Any) -> Any:
+        """The same arguments, with products in the place of weights."""
+        if isinstance(value, Tensor):
+            return value * self._draws[id(value)].numbers() if id(value) in self._draws else value
+        if isinstance(value, dict):
+            return {k: self._replaced(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            made = [self._replaced(v) for v in value]
+            return made if isinstance(value, list) else tuple(made)
+        return value
+
+
+def _saves_are_hooked() -> bool:
+    """Whether autograd gives what it saves to others, as checkpoints make it do; in doubt yes."""
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    except (AttributeError, TypeError):
+        return True
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Input, weight, bias and what else was given by position to a layer's function."""
+    given = list(args)
+    for name in ("input", "weight", "bias")[len(given) :]:
+        given.append(kwargs.get(name))
+    return given
+
+
+def _channels(weight: Tensor) -> int:
+    """The axis of a layer's input along which its channels lie."""
+    return -1 if weight.dim() == 2 else 1 - weight.dim()

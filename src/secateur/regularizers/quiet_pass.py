@@ -1,4 +1,4 @@
-"""A forward pass that only looks: nothing of it is left in the network or the generators."""
+"""A forward pass that only looks: modes and torch's generators are as before after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["quiet_pass", "tensors_in"]
 
 @contextmanager
 def quiet_pass(network: nn.Module) -> Iterator[None]:
-    """Within the block: eval mode, no gradients; modes and random generators are put back afterwards."""
+    """Within the block: eval mode, no gradients; modes and torch's generators are put back afterwards."""
     flags = [(m, m.training) for m in network.modules()]
     devices = {p.device.index for p in network.parameters() if p.device.type == "cuda"}
     # The fused path of transformer layers calls no submodules.

@@ -6,18 +6,17 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from secateur.regularizers.quiet_pass import tensors_in
+from secateur.regularizers.watch import Watch, is_look
 
-__all__ = ["ReluReaders", "is_compiled"]
+__all__ = ["ReluReaders"]
 
 _RELUS = frozenset(["relu", "relu_"])
 
 
-class ReluReaders(TorchFunctionMode):
+class ReluReaders(Watch):
     """Watches one forward pass, between `start` and `stop`, for who reads the tensors it is told to `follow`.
 
     Sees every torch function and operator, those inside autograd functions too, but not what a scripted function
@@ -30,16 +29,12 @@ class ReluReaders(TorchFunctionMode):
         self._read: set[str] = set()
         self._otherwise: set[str] = set()
 
-    def start(self) -> None:
-        self.__enter__()
-
     def follow(self, name: str, output: Tensor) -> None:
         """Watch `output`, which may be one of several, under `name`."""
         self._followed[id(output)] = (name, weakref.ref(output))
 
-    def stop(self) -> frozenset[str]:
-        """End the watch; the names all of whose tensors were read by ReLUs, by nothing else, and are gone."""
-        self.__exit__(None, None, None)
+    def found(self) -> frozenset[str]:
+        """The names all of whose tensors were read by ReLUs, by nothing else, and are gone."""
         kept = {name for name, output in self._followed.values() if output() is not None}
         return frozenset(self._read - self._otherwise - kept)
 
@@ -60,18 +55,10 @@ class ReluReaders(TorchFunctionMode):
                 if out is tensor:
                     # Overwritten: from here on it is what the ReLU puts out.
                     del self._followed[id(tensor)]
-            elif out is None or next(tensors_in(out), None) is not None:
-                # Anything else than a look at its shape and the like; what writes into it may return None.
+            elif not is_look(func):
                 self._otherwise.add(name)
         return out
 
     def _is_followed(self, tensor: Tensor) -> bool:
         # A new tensor may have the id of one that is gone.
         return id(tensor) in self._followed and self._followed[id(tensor)][1]() is tensor
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` was asked for it or a part of it."""
-    return torch.compiler.is_compiling() or any(
-        "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()
-    )

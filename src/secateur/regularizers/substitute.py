@@ -42,12 +42,7 @@ def substitute(layer: nn.Module, make: Callable[[Any, Tensor], Mapping[str, Tens
 
 
 def multiply_units(
-    layer: nn.Module,
-    target: Target,
-    axis: int,
-    factor: Callable[[nn.Module], Tensor | None],
-    *,
-    with_bias: bool = True,
+    layer: nn.Module, target: Target, axis: int, factor: Callable[[nn.Module], Tensor | None]
 ) -> list[RemovableHandle]:
     """Multiply the target's units by `factor(layer)`, `[units]`, where `layer` puts them out; None leaves them.
 
@@ -57,7 +52,6 @@ def multiply_units(
     Args:
         layer: the target's, or the BatchNorm behind it.
         axis: of the layer's outputs, along which the units lie.
-        with_bias: multiply its bias too; otherwise it is added to what is multiplied.
     """
 
     own: dict[str, nn.Parameter | None] = {}
@@ -72,21 +66,17 @@ def multiply_units(
         parameters = module._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         # The compiler makes it part of what writes the outputs, which is quicker than other weights.
-        fused = torch.compiler.is_compiling() and not value.requires_grad
-        if fused or weight is None or not (weight.dim() == 1 or _is_smaller(module, target, only_input(args, kwargs))):
+        joined = torch.compiler.is_compiling() and not value.requires_grad
+        if joined or weight is None or not (weight.dim() == 1 or _is_smaller(module, target, only_input(args, kwargs))):
             outputs[:] = [value]
-            if bias is not None and not with_bias:
-                own["bias"] = bias
-                parameters["bias"] = None
             return
         own["weight"] = weight
         parameters["weight"] = weight * (value if weight.dim() == 1 else target.spread(value))
-        if bias is not None and with_bias:
+        if bias is not None:
             own["bias"] = bias
             parameters["bias"] = bias * value
 
     def put_back(module: nn.Module, args: Any, output: Tensor | None) -> Tensor | None:
-        bias = None if with_bias or "weight" in own else own.get("bias")
         if own:
             module._parameters.update(own)
             own.clear()
@@ -97,8 +87,7 @@ def multiply_units(
             return None
         value = over_units(value.unsqueeze(0), output, axis).to(output.dtype)
         # No layer here needs its output to go backward, and a second copy would cost time and memory.
-        output = output * value if value.requires_grad else output.mul_(value)
-        return output if bias is None else output.add_(over_units(bias.unsqueeze(0), output, axis).to(output.dtype))
+        return output * value if value.requires_grad else output.mul_(value)
 
     return [
         layer.register_forward_pre_hook(Hook(put), with_kwargs=True),

@@ -42,8 +42,8 @@ class TargetedDropout(WeightNoise):
 
     Randomness: the attachment's own stream. Cost: one extra copy of the target weights and, for `"weight"` (draw or
         granularity), a bit a weight; where gradients accumulate, the gradient of one layer on top. Whole units of
-        large layers take no copy but where their outputs are more than their weights (`WeightSwap`). The ranking and
-        the mask take time once a step, whatever the batch.
+        large layers take none where their outputs are fewer than their weights (`WeightSwap` says when). The ranking
+        and the mask take time once a step, whatever the batch.
 
     Reference: Gomez et al. 2019, "Learning Sparse Networks Using Targeted Dropout", equations 3-4; section 5.4
         (ramp, Xtreme).

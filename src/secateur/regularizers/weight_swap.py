@@ -16,9 +16,9 @@ from secateur.errors import UsageError
 from secateur.regularizers import noisy_weight
 from secateur.regularizers.attachment import Attachment, Hook
 from secateur.regularizers.base import WeightNoise
-from secateur.regularizers.noisy_units import NoisyUnits, read_by_their_layer_alone
+from secateur.regularizers.noisy_units import NoisyUnits, is_per_unit
 from secateur.regularizers.noisy_weight import NoisyWeight
-from secateur.regularizers.relu_readers import is_compiled
+from secateur.regularizers.watch import can_watch
 
 __all__ = ["WeightSwap"]
 
@@ -42,10 +42,10 @@ class WeightSwap(Attachment):
     (gradient accumulation) the next forward pass draws anew. An evaluation pass with gradients enabled ends the
     draw for good: run the backward pass of the training forward pass before it.
 
-    Memory: the multiplied weights, kept from step to step, and what they were multiplied by during a draw. A large
-    layer whose units get one number each is multiplied while it runs instead, in its outputs where these are fewer
-    than its weights; not if it is compiled, nor if something else reads its weight, which a forward pass in eval mode
-    at the first draw finds out.
+    Memory: the multiplied weights, kept from step to step, and what they were multiplied by during a draw. Units of
+    large Linear and convolution layers that get one number each are multiplied while the forward pass runs instead, in
+    their outputs where these are fewer than the weights, at no copy; not in compiled, scripted or `DataParallel`
+    networks, nor in checkpoints and autograd functions. Outside the forward pass these weights are plain.
     """
 
     def __init__(self, spec: WeightNoise, model: nn.Module, targets: Targets | None, seed: int) -> None:
@@ -54,10 +54,9 @@ class WeightSwap(Attachment):
         self._slots = [NoisyWeight(t, self.parameters[t.name]) for t in self.targets]
         self._ids = {id(p) for p in self.parameters.values()}
         # The slots of the present draw.
-        self._swapped: list[NoisyWeight | NoisyUnits] = []
-        # Layers that are multiplied while they run, and which may be; None: not known yet.
-        self._running: dict[str, NoisyUnits] = {}
-        self._may_run: set[str] | None = None
+        self._swapped: list[NoisyWeight] = []
+        # The others of the present draw.
+        self._running = NoisyUnits(self._exchange)
         self._lost: list[str] = []
         self._used = self._paused = False
         self._refuse_shared()
@@ -108,9 +107,11 @@ class WeightSwap(Attachment):
     @torch.no_grad()
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.resume()
-        if self._swapped and not self._used:
+        if (self._swapped or self._running) and not self._used:
+            self._running.start(backward=not self.is_sampling)
             return
         self.end()
+        can_run = can_watch(self.model)
         self._used = False
         self._hook_gradients()
         for slot in self._slots:
@@ -120,32 +121,30 @@ class WeightSwap(Attachment):
             multiplier, factor = made if isinstance(made, tuple) and len(made) == 2 else (made, 1.0)
             if not slot.checked:
                 self._check(slot, multiplier, factor)
-            running = self._runs(slot, multiplier, args, kwargs)
-            if running is None:
-                slot.swap(multiplier, factor)
+            if can_run and self._runs(slot, multiplier):
+                self._running.multiply(slot, multiplier, factor)
             else:
-                running.swap(multiplier, factor, slot.parameter)
-            self._swapped.append(running or slot)
+                slot.swap(multiplier, factor)
+                self._swapped.append(slot)
         # Autocast would otherwise go on using the cast of an earlier draw.
         torch.clear_autocast_cache()
+        self._running.start(backward=not self.is_sampling)
 
-    def _runs(
-        self, slot: NoisyWeight, multiplier: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> NoisyUnits | None:
-        """What multiplies the slot's layer while it runs, if that is how it is done."""
+    def _runs(self, slot: NoisyWeight, multiplier: Tensor) -> bool:
+        """Whether the slot's units are multiplied while the forward pass runs."""
         target = slot.target
-        if target.numel <= noisy_weight.SMALL or multiplier.shape != (target.units, *[1] * (len(target.shape) - 1)):
-            return None
-        if self._may_run is None:
-            compiled = is_compiled(self.model)
-            found = set() if compiled else read_by_their_layer_alone(self.network, self.targets, args, kwargs)
-            self._may_run = found
-        if target.name not in self._may_run:
-            return None
-        if target.name not in self._running:
-            running = self._running[target.name] = NoisyUnits(target, self.network.get_submodule(target.module))
-            self._handles += running.handles
-        return self._running[target.name]
+        return (
+            target.numel > noisy_weight.SMALL
+            and target.kind in ("linear", "conv", "attention")
+            and target.name not in self._running.unfit
+            and is_per_unit(multiplier, slot.parameter)
+        )
+
+    @torch.no_grad()
+    def _exchange(self, slot: NoisyWeight, multiplier: Tensor, factor: float) -> None:
+        slot.swap(multiplier, factor)
+        self._swapped.append(slot)
+        torch.clear_autocast_cache()
 
     def _check(self, slot: NoisyWeight, multiplier: Any, factor: Any) -> None:
         """Whether they can be multiplied with; for a target's first draw only, because looking takes time."""
@@ -177,6 +176,7 @@ class WeightSwap(Attachment):
 
     def _restore(self) -> list[str]:
         """Plain weights for good; the names of those whose noisy stand-in somebody wrote to."""
+        self._running.forget()
         if not self._swapped:
             return []
         self.pause()
@@ -188,6 +188,7 @@ class WeightSwap(Attachment):
         return lost
 
     def pause(self) -> None:
+        self._running.stop()
         if not self._swapped or self._paused:
             return
         for slot in self._swapped:
@@ -197,6 +198,7 @@ class WeightSwap(Attachment):
         torch.clear_autocast_cache()
 
     def resume(self) -> None:
+        self._running.stop()
         if not self._paused:
             return
         for slot in self._swapped:
