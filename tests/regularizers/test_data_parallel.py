@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from secateur.core.duration import Progress
 from secateur.core.seeds import keyed_generator
 from secateur.core.targets import unwrap
 from secateur.errors import UsageError
-from secateur.regularizers import REGULARIZERS
+from secateur.regularizers import REGULARIZERS, noisy_weight
 from secateur.regularizers.attachment import Attachment
 from secateur.regularizers.base import Regularizer
 from secateur.regularizers.ddrop import DDrop
@@ -47,6 +49,9 @@ CASES: dict[str, Regularizer] = {name: REGULARIZERS.load(name)() for name in REG
     "ddrop_scale": DDropScale(keep_max=0.8),
     "dropout unit": Dropout(drop_rate=0.3, granularity="unit"),
     "targeted_dropout unit": TargetedDropout(gamma=0.5, granularity="unit"),
+    # Layers taken for large ones.
+    "dropout unit large": Dropout(drop_rate=0.3, granularity="unit"),
+    "targeted_dropout unit large": TargetedDropout(gamma=0.5, granularity="unit"),
     "ddrop per batch": DDrop(keep_min=0.2, per_sample=False),
     "ddrop weight_norm": DDrop(keep_min=0.2, scores="weight_norm", l1=0.0),
     "ddrop_scale per batch": DDropScale(keep_min=0.2, per_sample=False),
@@ -101,7 +106,20 @@ def noise_of(attachment: Any) -> dict[str, Tensor]:
     for slot in getattr(attachment, "_slots", ()):
         if (multiplier := slot.multiplier) is not None:
             found[f"multiplier {slot.target.name}"] = multiplier
+    running = getattr(attachment, "_running", None)
+    for draw in running._draws.values() if running is not None else ():
+        found[f"running {draw.slot.target.name}"] = draw.numbers()
     return found
+
+
+@contextmanager
+def sizes(name: str) -> Iterator[None]:
+    """Within the block layers are large ones if the case is named so."""
+    before, noisy_weight.SMALL = noisy_weight.SMALL, 0 if name.endswith(" large") else noisy_weight.SMALL
+    try:
+        yield
+    finally:
+        noisy_weight.SMALL = before
 
 
 @dataclass
@@ -141,9 +159,10 @@ def train(model: nn.Module, attachment: Attachment, rows: slice) -> Trained:
     return result
 
 
-def alone(spec: Regularizer) -> Trained:
+def alone(name: str) -> Trained:
     net = network(parts=RANKS)
-    return train(net, spec.attach(net, seed=1), slice(None))
+    with sizes(name):
+        return train(net, CASES[name].attach(net, seed=1), slice(None))
 
 
 def _process(rank: int, folder: Path, quick: bool) -> None:
@@ -155,12 +174,14 @@ def _process(rank: int, folder: Path, quick: bool) -> None:
         if (name in QUICK) != quick:
             continue
         net = network()
-        attachment = spec.attach(net, seed=1)
-        found[name] = train(DistributedDataParallel(net), attachment, rows)
+        with sizes(name):
+            attachment = spec.attach(net, seed=1)
+            found[name] = train(DistributedDataParallel(net), attachment, rows)
         net = network()
         wrapper = DistributedDataParallel(net)
         if not spec.learns:
-            found[f"{name}, around"] = train(wrapper, spec.attach(wrapper, seed=1), rows)
+            with sizes(name):
+                found[f"{name}, around"] = train(wrapper, spec.attach(wrapper, seed=1), rows)
             continue
         found[f"{name}, around"] = _words(lambda wrapper=wrapper, spec=spec: spec.attach(wrapper))
         left = [n for n, _ in net.named_parameters()], [len(m._forward_hooks) for m in wrapper.modules()]
@@ -272,7 +293,7 @@ def test_regularized_gradients_are_averaged(runs, name):
 # The noise of variational dropout is made from seeds that differ; the other is the test below.
 @cases("irrelevance", "variational_dropout")
 def test_two_processes_train_as_one_with_the_whole_batch(runs, name):
-    whole, part = alone(CASES[name]), runs(name)[0]
+    whole, part = alone(name), runs(name)[0]
     for step in range(STEPS):
         assert close(part.gradients[step], whole.gradients[step], rtol=1e-4, atol=1e-6)
         assert close(part.parameters[step], whole.parameters[step], rtol=1e-4, atol=1e-6)
