@@ -117,8 +117,8 @@ class ChannelNoise(Attachment):
             mask = over_units(mask, output, site.axis)
             # In place: no layer here needs its output to go backward, and a second copy would cost time and memory.
             if name in self._before_relu:
-                with torch.no_grad():
-                    return output.mul_(mask)
+                output.detach().mul_(mask)
+                return None
             output = output.mul_(mask)
             if self._readers is not None:
                 self._readers.follow(name, output)
