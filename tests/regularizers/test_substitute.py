@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from secateur.core.targets import find_targets
+from secateur.regularizers.l0 import L0
+from secateur.regularizers.mask_pool import MaskPoolDropout
 from secateur.regularizers.substitute import multiply_units, substitute
 from secateur.regularizers.unit_sites import own_site
 
@@ -103,3 +105,28 @@ def test_it_stays_in_one_compiled_graph():
     out.sum().backward()
     assert factor.grad is not None
     assert isinstance(layer[0].weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("spec", [L0(granularity="weight"), L0(), MaskPoolDropout()])
+def test_an_interrupt_within_a_layer_leaves_it_its_own_parameters(spec):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    network = nn.Sequential(nn.Linear(6, 4), nn.ReLU()).train()
+    own = dict(network[0]._parameters)
+    attached = spec.attach(network)
+    # So that the layer's hooks are there.
+    network(torch.randn(40, 6))
+    attached.end()
+    handle = network[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        network(torch.randn(40, 6))
+    assert network[0]._parameters["weight"] is not own["weight"]
+    handle.remove()
+    network(torch.randn(40, 6))
+    assert network[0]._parameters["weight"] is own["weight"]
+    handle = network[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        network(torch.randn(40, 6))
+    attached.remove()
+    assert all(network[0]._parameters[name] is parameter for name, parameter in own.items())

@@ -115,13 +115,22 @@ class Attachment(metaclass=_Attaching):
         if module.training and torch.is_grad_enabled():
             self._forwards = 1
 
+    def _replaced(self) -> list[str]:
+        """Targets whose parameter is no longer where it was."""
+        return [n for n, path in self._places.items() if any(holder.get(k) is not held for holder, k, held in path)]
+
     def _refuse_replaced(self) -> None:
-        for name, path in self._places.items():
-            if any(holder.get(key) is not held for holder, key, held in path):
-                raise UsageError(
-                    f'{type(self.spec).__name__}: "{name}" was replaced while attached (the network was cut); '
-                    "finalize() or remove() before a cut, and attach again after it"
-                )
+        if not self._replaced():
+            return
+        # After an interrupt in the middle of a layer.
+        for handle in self._handles:
+            if hasattr(handle, "put_back"):
+                handle.put_back()
+        for name in self._replaced():
+            raise UsageError(
+                f'{type(self.spec).__name__}: "{name}" was replaced while attached (the network was cut); '
+                "finalize() or remove() before a cut, and attach again after it"
+            )
 
     def learn(self, module: str, name: str, initial: Tensor) -> nn.Parameter:
         """Add a learned parameter to submodule `module` until `remove`. Call it in `__init__` only.

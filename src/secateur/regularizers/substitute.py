@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from secateur.core.targets import Target
 from secateur.regularizers.attachment import Hook
@@ -17,15 +16,32 @@ from secateur.regularizers.unit_sites import over_units
 __all__ = ["multiply_units", "substitute"]
 
 
-def substitute(layer: nn.Module, make: Callable[[Any, Tensor], Mapping[str, Tensor]]) -> list[RemovableHandle]:
+class _PutBack:
+    """Beside the hooks of a layer, it gives it its own parameters back: an interrupt runs no hooks behind the layer."""
+
+    def __init__(self, layer: nn.Module, own: dict[str, nn.Parameter | None]) -> None:
+        self._layer, self._own = layer, own
+
+    def put_back(self) -> None:
+        self._layer._parameters.update(self._own)
+        self._own.clear()
+
+    def remove(self) -> None:
+        self.put_back()
+
+
+def substitute(layer: nn.Module, make: Callable[[Any, Tensor], Mapping[str, Tensor]]) -> list[Any]:
     """Run `layer` with `make(layer, input)`, by parameter name, in place of its own weight or bias.
 
     Gradients flow through the tensors made, so that a factor in them is learned like any parameter. Works under
     `torch.compile`.
     """
     own: dict[str, nn.Parameter | None] = {}
+    left = _PutBack(layer, own)
 
     def put(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if own:
+            left.put_back()
         made: Any = make(module, only_input(args, kwargs))
         for name, tensor in made.items():
             own[name] = module._parameters[name]
@@ -38,12 +54,13 @@ def substitute(layer: nn.Module, make: Callable[[Any, Tensor], Mapping[str, Tens
     return [
         layer.register_forward_pre_hook(Hook(put), with_kwargs=True),
         layer.register_forward_hook(Hook(put_back), always_call=True),
+        left,
     ]
 
 
 def multiply_units(
     layer: nn.Module, target: Target, axis: int, factor: Callable[[nn.Module], Tensor | None]
-) -> list[RemovableHandle]:
+) -> list[Any]:
     """Multiply the target's units by `factor(layer)`, `[units]`, where `layer` puts them out; None leaves them.
 
     In the weight and bias of `layer` where these are fewer numbers than its outputs, as they mostly are; else in
@@ -57,8 +74,11 @@ def multiply_units(
     own: dict[str, nn.Parameter | None] = {}
     # What the outputs of the present call are multiplied by: one entry, once it is known.
     outputs: list[Tensor | None] = []
+    left = _PutBack(layer, own)
 
     def put(module: Any, args: Any, kwargs: Any) -> None:
+        if own:
+            left.put_back()
         value = factor(module)
         outputs[:] = [None]
         if value is None:
@@ -92,6 +112,7 @@ def multiply_units(
     return [
         layer.register_forward_pre_hook(Hook(put), with_kwargs=True),
         layer.register_forward_hook(Hook(put_back), always_call=True),
+        left,
     ]
 
 
