@@ -44,8 +44,7 @@ class DDrop(Regularizer):
 
     Randomness: the attachment's own stream, drawn once a step for all layers outside the graph.
     Cost: one multiplication per activation of the regularized layers, and one of its gradient unless ReLUs alone read
-        it; `"weight_norm"`: a forward pass at the start,
-        which finds out where a BatchNorm follows.
+        it; `"weight_norm"`: a forward pass at the start, which finds out where a BatchNorm follows.
 
     Reference: DDROP, section III, algorithm 1 (with n - 1 for n).
     """

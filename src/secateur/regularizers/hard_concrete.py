@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.regularizers.noisy_weight import SMALL
 from secateur.regularizers.pieces import pieces, total
 from secateur.regularizers.seeded import logistic_like
 
@@ -16,8 +17,6 @@ __all__ = ["expected_open", "gated_weight", "hard_concrete", "keep_probability"]
 # The hard-concrete distribution of the paper: temperature, and the interval a gate is stretched to.
 _BETA, _LOW, _HIGH = 2.0 / 3.0, -0.1, 1.1
 _SHIFT = _BETA * math.log(-_LOW / _HIGH)
-# Up to so many weights copies are nothing, and what autograd makes of the formula is quicker.
-SMALL = 1 << 16
 
 
 def keep_probability(log_alpha: Tensor) -> Tensor:

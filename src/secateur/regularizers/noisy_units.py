@@ -46,7 +46,7 @@ class NoisyUnits(Watch):
     Args:
         exchange: `exchange(slot, multiplier, factor)` puts the multiplied weight in the weight's place. It is called
             where a function will read the weight again in the backward pass, unseen (inside checkpoints and autograd
-            functions), or may write into it.
+            functions), or may write into it; from the next draw on, if the weight has been read otherwise in this one.
     """
 
     def __init__(self, exchange: Callable[[NoisyWeight, Tensor, float], None]) -> None:

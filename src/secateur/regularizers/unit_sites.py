@@ -178,7 +178,7 @@ class _Trail(TorchFunctionMode):
 
 @contextmanager
 def _looking(network: nn.Module, targets: Targets, trail: _Trail) -> Iterator[None]:
-    """A pass that leaves nothing behind, in which layers and BatchNorms report to `trail`."""
+    """Within the block it is a quiet pass, in which layers and BatchNorms report to `trail`."""
     modules = dict(network.named_modules())
     handles = []
     for target in targets:
